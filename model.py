@@ -1,0 +1,384 @@
+"""A compact GPT: forward, KV-cached sampling, load and save in Hugging Face format.
+
+One decoder-only transformer covers three families, because they differ in two switches only:
+
+    Llama (SmolLM2, Llama 3 with its rope scaling)    no attention bias, no q/k norm
+    Qwen2, Qwen2.5                                    bias on the q, k and v projections
+    Qwen3                                             RMSNorm on every head's q and k
+
+Modules carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so a checkpoint
+loads without a mapping and what is saved here loads in transformers, TRL and vLLM.
+
+    model = GPT.from_pretrained("path/to/checkpoint")         # or a repository id
+    logits = model(input_ids)                                 # (B, T) -> (B, T, V)
+    rollout = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32, eos_token_id=2)
+
+In the shapes below: B rows, T positions, C hidden size, H query heads, G key/value heads,
+D head size, V vocabulary, R response length.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model, in Hugging Face's field names."""
+    vocab_size: int
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None      # None: one for each query head
+    head_dim: int | None = None                 # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None            # Llama 3's: factor, low_freq_factor, ...; None: plain RoPE
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False                # q, k and v have a bias (Qwen2)
+    qk_norm: bool = False                       # RMSNorm on each head's q and k (Qwen3)
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                             f"num_key_value_heads ({self.num_key_value_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
+
+    @classmethod
+    def from_hf(cls, hf) -> "GPTConfig":
+        """From a transformers LlamaConfig, Qwen2Config or Qwen3Config; ValueError for what is not supported."""
+        if hf.model_type not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"model type {hf.model_type!r} is not supported; llama, qwen2 and qwen3 are")
+        rope = dict(hf.rope_parameters)
+        theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+        unsupported = [name for name, found in [
+            (f"rope type {kind!r}", kind not in ("default", "llama3")),
+            (f"activation {hf.hidden_act!r}", hf.hidden_act != "silu"),
+            ("a bias in the MLP", getattr(hf, "mlp_bias", False)),
+            ("a bias in o_proj", getattr(hf, "attention_bias", False)),
+            ("sliding-window attention", getattr(hf, "use_sliding_window", False)),
+        ] if found]
+        if unsupported:
+            raise ValueError(f"this {hf.model_type} checkpoint uses {' and '.join(unsupported)}, not supported here")
+        return cls(
+            vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+            num_hidden_layers=hf.num_hidden_layers, num_attention_heads=hf.num_attention_heads,
+            num_key_value_heads=hf.num_key_value_heads, head_dim=getattr(hf, "head_dim", None),
+            max_position_embeddings=hf.max_position_embeddings, rope_theta=theta,
+            rope_scaling=rope if kind == "llama3" else None, rms_norm_eps=hf.rms_norm_eps,
+            tie_word_embeddings=hf.tie_word_embeddings,
+            attention_bias=hf.model_type == "qwen2", qk_norm=hf.model_type == "qwen3")
+
+    def to_hf(self):
+        """The transformers config of the family that this shape belongs to."""
+        from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+        if self.qk_norm and self.attention_bias:
+            raise ValueError("no supported Hugging Face family has both attention_bias and qk_norm")
+        family, name = ((Qwen3Config, "Qwen3") if self.qk_norm else
+                        (Qwen2Config, "Qwen2") if self.attention_bias else (LlamaConfig, "Llama"))
+        return family(
+            architectures=[f"{name}ForCausalLM"],
+            vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers, num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings, rms_norm_eps=self.rms_norm_eps,
+            rope_parameters={"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta},
+            tie_word_embeddings=self.tie_word_embeddings, bos_token_id=None, eos_token_id=None)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_frequencies(config: GPTConfig) -> torch.Tensor:
+    """Radians a position for each rotated pair: (D/2,) float32. Llama 3 slows the long wavelengths down."""
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    if config.rope_scaling is None:
+        return freq
+    scaling = config.rope_scaling
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns within the old context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)         # 1: short wavelength, left alone; 0: stretched
+    return freq * (keep + (1 - keep) / scaling["factor"])
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B, 1, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.head_dim = D
+        self.grouped = H != G
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)      # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)      # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos, sin)               # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), cos, sin)               # (B, G, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)                         # (B, G, all positions so far, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """One layer's keys and values, allocated once and written in place."""
+
+    def __init__(self, shape, like: torch.Tensor):
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)  # (B, G, P + R, D)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def append(self, k, v):
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class Transformer(nn.Module):
+    """Everything but the output head: token ids to hidden states."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # A plain attribute, not a buffer: model.to(torch.bfloat16) must not round the angles.
+        self.frequencies = rope_frequencies(config)
+
+    def forward(self, input_ids, positions, mask=None, caches=None):
+        """input_ids (B, T) and positions (B or 1, T) -> hidden states (B, T, C)."""
+        x = self.embed_tokens(input_ids)                      # (B, T, C)
+        if self.frequencies.device != x.device:
+            self.frequencies = self.frequencies.to(x.device)
+        angles = positions[:, None, :, None] * self.frequencies             # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)       # (B, 1, T, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, None if caches is None else caches[i])
+        return self.norm(x)
+
+
+class Rollout(NamedTuple):
+    """What `generate` returns: answers of one batch, side by side, R = the longest of them."""
+    tokens: torch.Tensor       # (B, R) int64: the sampled tokens; 0 after a row's end
+    mask: torch.Tensor         # (B, R) bool: real response tokens, the first EOS included
+    log_probs: torch.Tensor    # (B, R) float32: log-probability of each sampled token; 0 after a row's end
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)    # learns the task in half the steps that 0.02 takes
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(self, input_ids, attention_mask=None):
+        """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding, left or right.
+
+        Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
+        """
+        positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
+        if attention_mask is not None:
+            positions, mask = padded_positions(attention_mask)
+        return self.lm_head(self.model(input_ids, positions, mask))
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
+                 eos_token_id=None) -> Rollout:
+        """Sample one answer to each prompt, from the full softmax(logits / temperature).
+
+        prompts: a list of B non-empty lists of token ids, of any lengths.
+        temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
+        generator: a torch.Generator on the model's device; None draws from the global random state.
+        eos_token_id: an id, several, or None for "never ends".
+        Stops when every row has ended. ValueError for an empty prompt or one that does not fit the context.
+        """
+        B, lengths = len(prompts), [len(p) for p in prompts]
+        longest = max(lengths, default=0)
+        if B == 0 or min(lengths) == 0:
+            raise ValueError("generate needs at least one prompt, and at least one token in each")
+        if longest + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+                             f"context of {self.config.max_position_embeddings}")
+        # Left padding puts every row's next token in the same column, so the cache is one block for all rows.
+        ids = torch.tensor([[0] * (longest - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
+        real = torch.zeros(B, longest + max_new_tokens, dtype=torch.bool, device=self.device)  # (B, P + R)
+        real[:, :longest] = torch.arange(longest, device=self.device) >= longest - torch.tensor(
+            lengths, device=self.device)[:, None]
+        real[:, longest:] = True                              # response columns: all may be attended to
+        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=self.device).view(-1)
+        c = self.config
+        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), self.lm_head.weight)
+                  for _ in range(c.num_hidden_layers)]
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
+        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
+        log_probs = torch.zeros(B, max_new_tokens, device=self.device)
+        alive = torch.ones(B, dtype=torch.bool, device=self.device)
+
+        positions, attend = padded_positions(real[:, :longest])
+        for r in range(max_new_tokens):
+            hidden = self.model(ids, positions, attend, caches)[:, -1]                     # (B, C)
+            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (B, V)
+            token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
+            mask[:, r] = alive
+            tokens[:, r] = torch.where(alive, token, 0)
+            log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
+            alive = alive & ~torch.isin(token, eos)
+            if not alive.any():
+                break
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
+        R = r + 1 if max_new_tokens else 0
+        return Rollout(tokens[:, :R], mask[:, :R], log_probs[:, :R])
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo_id: str, dtype=torch.float32) -> "GPT":
+        """A Llama, Qwen2 or Qwen3 checkpoint: a directory, or a repository id, which is downloaded.
+
+        FileNotFoundError and ValueError say in one line what is missing or not supported.
+        """
+        from transformers import AutoConfig
+        directory = Path(path_or_repo_id)
+        if not directory.is_dir():
+            directory = download(str(path_or_repo_id))
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face checkpoint")
+        files = sorted(directory.glob("model*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{directory} has no model.safetensors (other weight formats are not read)")
+        config = GPTConfig.from_hf(AutoConfig.from_pretrained(directory))
+        state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        with torch.device("meta"):                            # no time spent on random weights
+            model = cls(config)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{directory}: weights and config.json do not match: "
+                             + " ".join(str(error).split())[:300]) from None
+        model.tie_weights()                                   # assign=True made two parameters of one
+        return model
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors, in the dtype that the weights have."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.config.to_hf()
+        config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        config.save_pretrained(directory)
+        state = {name: t.contiguous() for name, t in self.state_dict().items()
+                 if not (self.config.tie_word_embeddings and name == "lm_head.weight")}
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def padded_positions(attention_mask):
+    """attention_mask (B, T) -> each token's position in its own row (B, T) and who may attend to whom (B, 1, T, T)."""
+    real = attention_mask.bool()
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    T = real.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=real.device)  # a softmax over nothing would be NaN in padding
+    return positions, (causal & real[:, None, None, :]) | itself
+
+
+def scaled_log_softmax(logits, temperature: float):
+    """Log-probabilities (B, V) of what is sampled, in float32 whatever the model's dtype."""
+    return F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+
+
+def sample(log_p, generator=None):
+    """One token a row from log-probabilities (B, V), as argmax(p / noise) with Exponential(1) noise.
+
+    Equal noise and nearly equal models give nearly equal samples: the common random numbers that make two
+    candidates of one search comparable.
+    """
+    noise = torch.empty_like(log_p).exponential_(generator=generator)
+    return (log_p - noise.log()).argmax(-1)                   # (B,)
+
+
+def download(repo_id: str) -> Path:
+    """Fetch a repository's config and safetensors; one clear line where that cannot be done."""
+    from huggingface_hub import snapshot_download
+    if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
+        raise FileNotFoundError(f"no directory {repo_id} (a repository id looks like owner/name)")
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors"]))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None

@@ -1,0 +1,335 @@
+"""The search, step by step: what is tried, what is kept, and that nothing else is touched."""
+
+import copy
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from effopd import EffOPD
+
+
+class Line(nn.Module):
+    """One weight matrix of one number, so that every move can be worked out by hand."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.mlp = nn.Linear(1, 1, bias=False)
+        self.move_to(value)
+
+    def move_to(self, value):
+        nn.init.constant_(self.mlp.weight, value)
+
+    @property
+    def at(self):
+        return self.mlp.weight.item()
+
+
+class Recorder:
+    """validate() that notes the weights it is shown and answers from a function of them."""
+
+    def __init__(self, score=lambda at: at):
+        self.score, self.seen = score, []
+
+    def __call__(self, model):
+        self.seen.append(model.at)
+        return self.score(model.at)
+
+
+def awkward_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"attn": nn.Linear(5, 5), "mlp": nn.Linear(5, 5), "norm": nn.LayerNorm(5),
+                          "embed": nn.Embedding(7, 5)})
+
+
+def train_step(net, optimizer, t):
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(t))
+    loss = (net["mlp"](net["norm"](net["attn"](x)) + net["embed"](torch.arange(8) % 7)) - x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("candidates, multiples", [("linear", [2, 4, 6, 8, 10]), ("doubling", [2, 4, 8, 16, 32])])
+def test_candidates_lie_on_the_line_from_w_t(candidates, multiples):
+    model, validate = Line(3.0), Recorder()
+    effopd = EffOPD(model, validate, candidates=candidates)
+    model.move_to(5.0)                                        # Δ = 2
+    record = effopd.step(1)
+    assert validate.seen == [5.0] + [5.0 + 2.0 * m for m in multiples]
+    assert record["multiples"] == [0, *multiples] and record["scores"] == validate.seen
+    assert record["accepted"] == 5 and record["multiple"] == multiples[-1] and model.at == 5.0 + 2.0 * multiples[-1]
+    assert record["stopped"] == "all candidates accepted" and record["delta_norm"] == 2.0
+
+
+def test_three_triggers_by_hand():
+    """W_prev is what the last search kept: no Δ contains a jump, none is the total displacement."""
+    model, validate = Line(0.0), Recorder(score=lambda at: -abs(at - 20.5))
+    effopd = EffOPD(model, validate)
+    model.move_to(2.0)                                        # step 1: Δ = 2 - 0
+    effopd.step(1)                                            # 2, 6, 10, 14, 18, 22: 22 is nearest to 20.5
+    assert validate.seen == [2, 6, 10, 14, 18, 22] and model.at == 22
+    validate.seen.clear()
+    model.move_to(23.0)                                       # step 2: Δ = 23 - 22
+    assert effopd.step(2)["accepted"] == 0                    # 25 is worse
+    assert validate.seen == [23, 25] and model.at == 23
+    validate.seen.clear()
+    model.move_to(22.5)
+    assert effopd.step(3) is None and model.at == 22.5 and not validate.seen
+    model.move_to(22.0)                                       # step 4: Δ = 22 - 23
+    record = effopd.step(4)                                   # 20 is nearer, 18 is not
+    assert validate.seen == [22, 20, 18] and model.at == 20 and record["accepted"] == 1
+    assert record["stopped"] == "score no better"
+    assert effopd.previous[0].item() == 20 and [r["step"] for r in effopd.history] == [1, 2, 4]
+
+
+def test_stops_at_the_first_failure():
+    scores = iter([0.1, 0.2, 0.15, 0.9])
+    model = Line(0.0)
+    effopd = EffOPD(model, lambda m: next(scores))
+    model.move_to(1.0)
+    assert effopd.step(1)["accepted"] == 1 and model.at == 3.0 and next(scores) == 0.9   # never asked for
+
+
+@pytest.mark.parametrize("accept, kept", [("gt", 0), ("ge", 5)])
+def test_a_tie(accept, kept):
+    model = Line(0.0)
+    effopd = EffOPD(model, lambda m: 0.5, accept=accept)
+    model.move_to(1.0)
+    assert effopd.step(1)["accepted"] == kept
+
+
+@pytest.mark.parametrize("settings, steps", [
+    (dict(), [1, 2, 4, 8, 16, 32]), (dict(first_trigger=2), [2, 4, 8, 16, 32]), (dict(first_trigger=4), [4, 8, 16, 32]),
+    (dict(every=5), [1, 2, 4, 5, 8, 10, 15, 16, 20, 25, 30, 32, 35, 40]), (dict(every=1), list(range(1, 41))),
+])
+def test_triggers(settings, steps):
+    effopd = EffOPD(Line(), lambda m: 0.0, **settings)
+    assert [t for t in range(41) if effopd.is_trigger(t)] == steps
+
+
+def test_after_a_rejected_search_the_weights_are_bit_identical():
+    net = awkward_net()
+    effopd = EffOPD(net, lambda m: 0.0, scope="all")
+    for p in net.parameters():
+        p.data.mul_(1 + 1e-3 * math.pi)                       # subtracting Δ again would round
+    before = copy.deepcopy(net.state_dict())
+    assert effopd.step(1)["accepted"] == 0
+    assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_rejected_and_logged(bad):
+    model = Line(0.0)
+    effopd = EffOPD(model, Recorder(lambda at: bad if at > 4 else at), accept="ge")
+    model.move_to(1.0)
+    record = effopd.step(1)                                   # 3 is kept, 5 scores `bad`
+    assert model.at == 3.0 and record["scores"] == [1.0, 3.0, None] and record["stopped"] == "score not finite"
+
+
+def test_w_t_whose_own_score_is_not_finite_stays():
+    model = Line(0.0)
+    effopd = EffOPD(model, Recorder(lambda at: math.nan if at == 1 else at), accept="ge")
+    model.move_to(1.0)
+    record = effopd.step(1)
+    assert model.at == 1.0 and record["accepted"] == 0 and record["scores"] == [None]
+
+
+def test_weights_that_are_not_finite_are_not_even_scored():
+    model, validate = Line(0.0), Recorder()
+    effopd = EffOPD(model, validate)
+    model.move_to(1e38)
+    record = effopd.step(1)                                   # 3e38 fits float32, 5e38 does not
+    assert len(validate.seen) == 2 and all(map(math.isfinite, validate.seen))
+    assert record["accepted"] == 1 and record["stopped"] == "weights not finite" and math.isfinite(model.at)
+
+
+def test_an_error_in_validate_leaves_w_t():
+    model = Line(0.0)
+
+    def validate(m):
+        if m.at > 4:
+            raise KeyboardInterrupt
+        return m.at
+
+    effopd = EffOPD(model, validate)
+    model.move_to(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        effopd.step(1)
+    assert model.at == 1.0 and effopd.previous[0].item() == 0.0
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.norm, self.dropout = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)
+        self.norm.eval()                                      # a mixture of modes, to be kept as it is
+
+
+def test_validation_leaves_no_trace():
+    model = Noisy()
+
+    def validate(m):
+        assert not any(module.training for module in m.modules()) and not torch.is_grad_enabled()
+        m.train()
+        m.norm(m.dropout(torch.randn(9, 3)))
+        return random.random() + np.random.rand() - 99        # and a score that is never better
+
+    effopd = EffOPD(model, validate)
+    state = lambda: (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                     {k: v.tolist() for k, v in model.state_dict().items()}, [m.training for m in model.modules()])
+    before = state()
+    assert effopd.step(1)["accepted"] == 0
+    assert state() == before
+
+
+def test_candidates_share_their_random_numbers_and_searches_do_not():
+    drawn = []
+
+    def validate(m):
+        drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        return len(drawn)
+
+    model = Line()
+    effopd = EffOPD(model, validate, num_candidates=2)
+    effopd.step(1), effopd.step(2)
+    EffOPD(model, validate, num_candidates=2, seed=1).step(1)
+    assert [len(set(drawn[i:i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+    assert len({drawn[0], drawn[3], drawn[6]}) == 3
+
+
+def test_a_search_that_accepts_nothing_changes_nothing_in_training():
+    """Weights, optimiser and random state equal those of the loop without EffOPD, bit for bit."""
+    results = []
+    for search in (False, True):
+        net = awkward_net()
+        torch.manual_seed(5)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        effopd = EffOPD(net, lambda m: -torch.rand(()).item() * 0) if search else None
+        for t in range(1, 10):
+            train_step(net, optimizer, t)
+            if search:
+                effopd.step(t)
+        moments = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        results.append([*net.state_dict().values(), *moments, torch.get_rng_state()])
+    assert len(effopd.history) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("scope, moved", [
+    ("attention+mlp", {"attn.weight", "mlp.weight"}), ("mlp", {"mlp.weight"}),
+    ("all", {"attn.weight", "attn.bias", "mlp.weight", "mlp.bias", "norm.weight", "norm.bias", "embed.weight"}),
+])
+def test_scope(scope, moved):
+    net = awkward_net()
+    start = copy.deepcopy(net.state_dict())
+    effopd = EffOPD(net, lambda m: sum(p.sum().item() for p in m.parameters()), scope=scope, num_candidates=1)
+    for p in net.parameters():
+        p.data.add_(1.0)
+    assert effopd.step(1)["accepted"] == 1
+    for name, w in net.state_dict().items():
+        torch.testing.assert_close(w, start[name] + (3.0 if name in moved else 1.0))
+
+
+def test_a_tied_matrix_moves_once_and_a_frozen_one_not_at_all():
+    net = nn.ModuleDict({"embed": nn.Embedding(4, 4), "head": nn.Linear(4, 4, bias=False), "frozen": nn.Linear(4, 4)})
+    net["head"].weight = net["embed"].weight
+    net["frozen"].requires_grad_(False)
+    start = net["embed"].weight.detach().clone()
+    effopd = EffOPD(net, lambda m: m["embed"].weight.sum().item(), scope="all", num_candidates=1)
+    assert list(effopd.parameters) == ["embed.weight"]
+    net["embed"].weight.data.add_(1.0)
+    effopd.step(1)
+    torch.testing.assert_close(net["head"].weight, start + 3.0)
+    assert net["head"].weight is net["embed"].weight
+
+
+def test_resumed_equals_uninterrupted_across_a_trigger():
+    def start():
+        net = awkward_net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        return net, optimizer, EffOPD(net, lambda m: m["mlp"].weight.sum().item())
+
+    def run(parts, steps):
+        for t in steps:
+            train_step(parts[0], parts[1], t)
+            parts[2].step(t)
+
+    whole = start()
+    run(whole, range(1, 9))
+    assert sum(r["accepted"] for r in whole[2].history) > 0
+    for stop_after in (1, 2, 3, 5, 7):
+        first = start()
+        run(first, range(1, stop_after + 1))
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in first], file)
+        file.seek(0)
+        resumed = start()
+        for part, state in zip(resumed, torch.load(file, weights_only=True)):
+            part.load_state_dict(state)
+        run(resumed, range(stop_after + 1, 9))
+        for a, b in zip(whole[0].state_dict().values(), resumed[0].state_dict().values()):
+            assert torch.equal(a, b)
+        drop = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+        assert drop(whole[2].history) == drop(resumed[2].history)
+
+
+def test_a_state_of_another_model_is_refused():
+    state = EffOPD(awkward_net(), lambda m: 0.0, scope="mlp").state_dict()
+    with pytest.raises(ValueError, match="scope"):
+        EffOPD(awkward_net(), lambda m: 0.0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("better", [False, True])
+def test_moments_are_dropped_only_after_a_jump_only_when_asked_only_of_what_moved(reset, better):
+    net = awkward_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    scores = iter(range(9)) if better else iter(range(9, 0, -1))
+    effopd = EffOPD(net, lambda m: next(scores), scope="mlp", optimizer=optimizer if reset else None)
+    train_step(net, optimizer, 1)
+    effopd.step(1)
+    assert (net["mlp"].weight in optimizer.state) == (not (reset and better))
+    assert all(p in optimizer.state for p in net.parameters() if p is not net["mlp"].weight)
+    train_step(net, optimizer, 2)                             # and the optimiser goes on
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(accept="maybe"), "gt, ge"), (dict(candidates="cubic"), "linear, doubling"), (dict(scope="heads"), "scope"),
+    (dict(num_candidates=0), "num_candidates"), (dict(first_trigger=0), "first_trigger"), (dict(every=-1), "every"),
+])
+def test_wrong_options(settings, words):
+    with pytest.raises(ValueError, match=words):
+        EffOPD(Line(), lambda m: 0.0, **settings)
+
+
+def test_a_model_with_nothing_in_scope():
+    with pytest.raises(ValueError, match="scope='all'"):
+        EffOPD(nn.Sequential(nn.Linear(2, 2)), lambda m: 0.0)
+
+
+def one_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = Line(0.0)
+    # Alone, rank 0 would accept everything and rank 1 nothing; a third search breaks on rank 1 only.
+    scores = {0: lambda at: 2 * at, 1: lambda at: -at if at < 40 else math.nan}[rank]
+    effopd = EffOPD(model, Recorder(scores), num_candidates=2)
+    kept = []
+    for t in (1, 2, 4):
+        model.move_to(model.at + 2 ** t)
+        kept.append((effopd.step(t)["accepted"], model.at))
+    with open(f"{folder}/{rank}", "w") as f:
+        f.write(repr(kept))
+    dist.destroy_process_group()
+
+
+def test_two_processes_decide_alike(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    kept = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    # mean score: at / 2, so all is accepted until 40, from where one rank's score is not a number
+    assert kept[0] == kept[1] == "[(2, 10.0), (2, 30.0), (0, 46.0)]"

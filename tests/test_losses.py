@@ -1,0 +1,145 @@
+"""The losses against enumerated expectations, and their mathematical properties."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from effopd import reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+
+V, B, T = 7, 3, 5
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
+
+
+def logits(seed, *shape):
+    return torch.randn(*(shape or (B, T, V)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+def test_reverse_kl_equals_torch_distributions():
+    student, teacher = logits(0), logits(1)
+    kl = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=student),
+                                           torch.distributions.Categorical(logits=teacher))             # KL(π || π*)
+    assert reverse_kl(student, teacher, MASK).item() == pytest.approx(kl[MASK.bool()].mean().item(), abs=1e-6)
+
+
+def test_equal_models_have_no_divergence_even_for_one_token():
+    student = logits(0)
+    one = torch.zeros(B, T)
+    one[1, 2] = 1
+    for mask in (MASK, one):
+        assert reverse_kl(student, student, mask).abs() < 1e-7
+        assert reverse_kl_top_k(student, student, mask, 2).abs() < 1e-7
+        assert reverse_kl_sampled(student, student, student.argmax(-1), mask) == 0
+
+
+def test_only_the_student_gets_a_gradient_and_only_under_the_mask():
+    for loss in (reverse_kl, lambda s, t, m: reverse_kl_sampled(s, t, torch.zeros(B, T, dtype=torch.long), m, 1.0),
+                 lambda s, t, m: reverse_kl_top_k(s, t, m, 3)):
+        student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
+        loss(student, teacher, MASK).backward()
+        assert teacher.grad is None
+        moved = student.grad.abs().sum(-1) > 0
+        assert torch.equal(moved, MASK.bool())
+
+
+def test_garbage_outside_the_mask_does_not_matter():
+    student, teacher = logits(0), logits(1)
+    expected = reverse_kl(student, teacher, MASK)
+    student[MASK == 0] = float("nan")
+    assert reverse_kl(student, teacher, MASK) == expected
+
+
+def test_an_empty_mask_gives_zero_not_nan():
+    assert reverse_kl(logits(0), logits(1), torch.zeros(B, T)) == 0
+
+
+def test_bf16_logits_are_scored_in_float32():
+    student, teacher = logits(0).bfloat16(), logits(1).bfloat16()
+    expected = reverse_kl(student.double(), teacher.double(), MASK)
+    for loss in (reverse_kl(student, teacher, MASK), reverse_kl_top_k(student, teacher, MASK, V)):
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    student, teacher = logits(0).requires_grad_(), logits(1)
+    reverse_kl(student, teacher, MASK).backward()
+    whole, student.grad = student.grad, None
+    for row in range(B):                                      # rows of 5, 2 and 1 tokens
+        reverse_kl(student[row:row + 1], teacher[row:row + 1], MASK[row:row + 1], num_tokens=MASK.sum()).backward()
+    torch.testing.assert_close(student.grad, whole, atol=1e-7, rtol=0)
+
+
+def test_expected_sampled_gradient_is_the_full_gradient():
+    """Σ_y π(y) · gradient of the sampled form at y, over every y: pitfall 11."""
+    student, teacher = logits(0, 1, 1, V).requires_grad_(), logits(1, 1, 1, V)
+    mask = torch.ones(1, 1)
+    reverse_kl(student, teacher, mask).backward()
+    full, student.grad = student.grad, None
+    p = F.softmax(student.detach(), -1)[0, 0]
+    for y in range(V):
+        (p[y] * reverse_kl_sampled(student, teacher, torch.tensor([[y]]), mask)).backward()
+    torch.testing.assert_close(student.grad, full, atol=1e-5, rtol=0)
+    assert full.abs().max() > 0.01
+
+
+def test_discount_one_is_the_exact_gradient_between_sequences():
+    """Answers of up to 3 tokens over {a, b, end}, all of them enumerated; logits are a table of the prefix."""
+    end, length = 2, 3
+    answers = [y for n in range(1, length + 1) for y in itertools.product(range(3), repeat=n)
+               if end not in y[:-1] and (y[-1] == end or n == length)]
+    prefixes = sorted({y[:t] for y in answers for t in range(len(y))})
+    student = logits(0, len(prefixes), 3).requires_grad_()
+    teacher = logits(1, len(prefixes), 3)
+
+    def rows(table, y):                                       # logits along one answer: (1, T, 3)
+        return table[[prefixes.index(y[:t]) for t in range(len(y))]][None]
+
+    def sequence_log_prob(table, y):
+        return F.log_softmax(rows(table, y)[0], -1)[range(len(y)), list(y)].sum()
+
+    log_p = torch.stack([sequence_log_prob(student, y) for y in answers])
+    log_q = torch.stack([sequence_log_prob(teacher, y) for y in answers])
+    assert log_p.exp().sum().item() == pytest.approx(1)
+    (log_p.exp() * (log_p - log_q)).sum().backward()          # KL between distributions over whole answers
+    exact, student.grad = student.grad, None
+
+    def expected_gradient(discount):
+        for y, p in zip(answers, log_p.detach().exp()):
+            loss = reverse_kl_sampled(rows(student, y), rows(teacher, y), torch.tensor([y]), torch.ones(1, len(y)),
+                                      discount, num_tokens=1)
+            (p * loss).backward()
+        gradient, student.grad = student.grad, None
+        return gradient
+
+    torch.testing.assert_close(expected_gradient(1.0), exact, atol=1e-5, rtol=0)
+    assert (expected_gradient(0.0) - exact).abs().max() > 0.01     # discount 0 is another, cheaper objective
+
+
+def test_the_sampled_coefficient_is_detached():
+    student, teacher = logits(0, 1, 1, V).requires_grad_(), logits(1, 1, 1, V)
+    reverse_kl_sampled(student, teacher, torch.tensor([[2]]), torch.ones(1, 1)).backward()
+    log_p, log_q = F.log_softmax(student.detach(), -1)[0, 0], F.log_softmax(teacher, -1)[0, 0]
+    expected = (log_p[2] - log_q[2]) * (F.one_hot(torch.tensor(2), V) - log_p.exp())
+    torch.testing.assert_close(student.grad[0, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_top_k_is_a_coarser_divergence():
+    student, teacher = logits(0, 50, 4, V), logits(1, 50, 4, V)
+    mask = torch.ones(50, 4)
+    values = []
+    for k in range(1, V + 1):
+        each = torch.stack([reverse_kl_top_k(student[i:i + 1], teacher[i:i + 1], mask[i:i + 1], k) for i in range(50)])
+        full = torch.stack([reverse_kl(student[i:i + 1], teacher[i:i + 1], mask[i:i + 1]) for i in range(50)])
+        assert (each >= 0).all() and (each <= full + 1e-6).all()
+        values.append(each.mean().item())
+    assert values == sorted(values) and values[0] < values[-1]     # finer buckets see more
+    assert values[-1] == pytest.approx(reverse_kl(student, teacher, mask).item(), abs=1e-6)
+
+
+def test_top_k_by_hand():
+    student, teacher = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.25, 0.25])
+    value = reverse_kl_top_k(student.log()[None, None], teacher.log()[None, None], torch.ones(1, 1), 1)
+    assert value.item() == pytest.approx(0.7 * math.log(0.7 / 0.5) + 0.3 * math.log(0.3 / 0.5), abs=1e-6)

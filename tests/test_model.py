@@ -1,0 +1,188 @@
+"""model.py against transformers, and against what sampling means."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from model import GPT, GPTConfig
+
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=32)
+FAMILIES = {
+    "llama": dict(tie_word_embeddings=True),
+    "llama-grouped-untied": dict(num_key_value_heads=2, tie_word_embeddings=False),
+    "llama3-rope": dict(num_key_value_heads=1, rope_scaling=LLAMA3_ROPE, rope_theta=500_000.0),
+    "qwen2": dict(attention_bias=True, num_key_value_heads=2, rope_theta=1e6),
+    "qwen2-untied": dict(attention_bias=True, tie_word_embeddings=False),
+    "qwen3": dict(qk_norm=True, head_dim=32, num_key_value_heads=2),
+    "qwen3-untied": dict(qk_norm=True, tie_word_embeddings=False),
+}
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
+
+
+def tiny(seed=0, **settings):
+    """A small random model whose every parameter, norms and biases too, is away from its initial value."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**(dict(vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, max_position_embeddings=128) | settings)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_model_is_the_same_in_transformers(family, tmp_path):
+    model = tiny(**FAMILIES[family])
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.model_type == family.split("-")[0].replace("llama3", "llama")
+
+    ids = torch.randint(0, 20, (3, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = mask[1, 70:] = 0                           # padding on the left, and on the right
+    with torch.no_grad():
+        ours, ref = model(ids, mask), theirs(ids, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(ours[mask.bool()], ref[mask.bool()], atol=1e-4, rtol=0)
+
+    greedy = model.generate([ids[0, :7].tolist()], 64, temperature=0).tokens
+    ref = theirs.generate(ids[:1, :7], attention_mask=torch.ones(1, 7), max_new_tokens=64, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)
+    assert greedy[0].tolist() == ref[0, 7:].tolist()
+
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(ids), model(ids))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_checkpoint_saved_by_transformers_loads(tmp_path):
+    tiny(num_key_value_heads=2).save_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    ids = torch.randint(0, 20, (2, 10))
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path / "theirs")(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "gpt2"}, "llama, qwen2 and qwen3"), ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ({"mlp_bias": True}, "bias in the MLP"), ({"attention_bias": True}, "bias in o_proj"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'linear'"),
+    ({"hidden_size": 64, "head_dim": 8}, "do not match"),
+])
+def test_what_is_not_supported_is_refused_in_one_line(change, words, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        GPT.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        GPT.from_pretrained(tmp_path)
+    tiny().config.to_hf().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_bfloat16_keeps_exact_angles():
+    model = tiny().to(torch.bfloat16)
+    assert model.model.frequencies.dtype == torch.float32
+    assert model(torch.tensor([PROMPTS[1]])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_ragged_prompts_do_not_disturb_each_other(family):
+    model = tiny(**FAMILIES[family])
+    together = model.generate(PROMPTS, 12, temperature=0)
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate([prompt], 12, temperature=0)
+        assert together.tokens[row].tolist() == alone.tokens[0].tolist()
+        torch.testing.assert_close(together.log_probs[row], alone.log_probs[0], atol=1e-5, rtol=0)
+
+
+def test_ragged_prompts_sample_what_they_sample_alone():
+    model, n = tiny(), 20
+    together = model.generate(PROMPTS, n, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.stack([torch.empty(3, 20).exponential_(generator=generator) for _ in range(n)])       # (R, B, V)
+    for row, prompt in enumerate(PROMPTS):                    # the definition, without a cache and without padding
+        tokens = list(prompt)
+        for r in range(n):
+            log_p = F.log_softmax(model(torch.tensor([tokens]))[0, -1], -1)
+            tokens.append(int((log_p - noise[r, row].log()).argmax()))
+        assert together.tokens[row].tolist() == tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_a_full_forward(temperature):
+    model = tiny(qk_norm=True)
+    rollout = model.generate(PROMPTS, 16, temperature=temperature)
+    for row, prompt in enumerate(PROMPTS):
+        whole = torch.tensor([prompt + rollout.tokens[row].tolist()])
+        log_p = F.log_softmax(model(whole)[0, len(prompt) - 1:-1] / temperature, -1)                    # (R, V)
+        expected = log_p.gather(-1, rollout.tokens[row][:, None])[:, 0]
+        torch.testing.assert_close(rollout.log_probs[row], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_softmax(temperature):
+    model, n = tiny(), 40_000
+    tokens = model.generate([PROMPTS[1]] * n, 1, temperature, torch.Generator().manual_seed(0)).tokens[:, 0]
+    p = F.softmax(model(torch.tensor([PROMPTS[1]]))[0, -1] / temperature, -1)
+    frequency = torch.bincount(tokens, minlength=20) / n
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()           # 5 standard errors
+
+
+def test_rows_end_at_their_first_eos():
+    model, eos = tiny(), [4, 7]
+    rollout = model.generate(PROMPTS * 20, 30, generator=torch.Generator().manual_seed(0), eos_token_id=eos)
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < lengths.max() and rollout.tokens.shape[1] == lengths.max()
+    for tokens, mask, log_probs in zip(rollout.tokens.tolist(), rollout.mask.tolist(), rollout.log_probs.tolist()):
+        n = sum(mask)
+        assert mask == [True] * n + [False] * (len(mask) - n)
+        assert not set(tokens[:n - 1]) & set(eos)             # the first EOS is the last real token
+        assert n == len(mask) == 30 or tokens[n - 1] in eos
+        assert all(x == 0 for x in tokens[n:] + log_probs[n:]) and all(x < 0 for x in log_probs[:n])
+
+
+def test_generation_stops_when_all_rows_ended():
+    model = tiny()
+    with torch.no_grad():                                     # whatever came before, the next token is 4
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[4] = 1.0
+    bias = model.model.norm.register_forward_hook(lambda *_: torch.full(_[2].shape, 10.0))
+    rollout = model.generate(PROMPTS, 50, eos_token_id=4)
+    bias.remove()
+    assert rollout.tokens.tolist() == [[4]] * 3 and rollout.mask.all()
+
+
+def test_no_new_tokens_and_bad_prompts():
+    model = tiny()
+    assert model.generate(PROMPTS, 0).tokens.shape == (3, 0)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate([[1], []], 5)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        model.generate([], 5)
+    with pytest.raises(ValueError, match="context of 128"):
+        model.generate([[1] * 100], 29)
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="multiple of"):
+        GPTConfig(20, num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(ValueError, match="even"):
+        GPTConfig(20, head_dim=7)

@@ -1,0 +1,349 @@
+"""train.py: the task, the batches, the loop, the race and the command line, at toy size."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import train
+from effopd import reverse_kl
+from model import GPT, GPTConfig
+from train import Chains, Config, Score, compare, distil, evaluate, main, make_models, pack, parse_config
+
+TOY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_ops=2, base_steps=4,
+           teacher_steps=2, base_batch_size=8, steps=4, batch_size=6, eval_size=10, dv_size=5, device="cpu")
+ROOT = Path(train.__file__).parent
+
+
+def as_args(settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A toy config, its task, an untrained student and a different teacher."""
+    config = Config(**TOY, lr=1e-2, cache_dir=str(tmp_path / "cache"))
+    task = Chains(2, 1)
+    torch.manual_seed(0)
+    student, teacher = (GPT(GPTConfig(task.vocab_size, 16, 24, 1, 2)) for _ in range(2))
+    return config, task, student, teacher.requires_grad_(False)
+
+
+# The task.
+
+def test_a_chain_by_hand():
+    task = Chains(3, 1)
+    assert task.solve("7+5-3*4=") == "7+5=2;2-3=9;9*4=6;#6"
+    assert task.is_correct("7+5-3*4=", "7+5=2;2-3=9;9*4=6;#6") and task.is_correct("7+5-3*4=", "#6")
+    assert not any(task.is_correct("7+5-3*4=", a) for a in ("", "6", "#", "#66", "7+5=2;2-3=9;9*4=6;", "#5"))
+    assert Chains(2, 2).solve("37+85*4=") == "37+85=22;22*4=88;#88"
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_chains_are_worked_out_as_python_would(digits):
+    task, rng = Chains(6, digits), random.Random(0)
+    for problem in task.problems(200, rng):
+        value, text = None, problem[:-1].replace("+", " + ").replace("-", " - ").replace("*", " * ").split()
+        value = int(text[0])
+        for op, number in zip(text[1::2], text[2::2]):
+            value = eval(f"({value} {op} {number}) % {10 ** digits}")
+        answer = task.solve(problem)
+        assert answer.endswith(f"#{value}") and answer.count(";") == 6
+        assert task.decode(task.encode(answer) + [task.end]) == answer
+        assert len(task.encode(problem)) <= task.max_prompt and len(task.encode(answer)) + 1 <= task.max_response
+
+
+def test_slips_come_at_their_rate_and_are_carried_on():
+    task, rng = Chains(5, 1), random.Random(0)
+    wrong = steps = 0
+    for problem in task.problems(2000, rng):
+        answer = task.solve(problem, 0.2, rng)
+        for step in answer.split(";")[:-1]:
+            question, result = step.split("=")
+            wrong += eval(question) % 10 != int(result)
+            steps += 1
+        chain = [step.split("=")[1] for step in answer.split(";")[:-1]]
+        assert all(step[0] == previous for step, previous in zip(answer.split(";")[1:-1], chain))
+    assert abs(wrong / steps - 0.2) < 0.015
+
+
+def test_evaluation_d_v_and_training_problems(toy, monkeypatch):
+    config, task, student, teacher = toy
+    seen = {}
+    real = train.Score
+    monkeypatch.setattr(train, "Score", lambda *args: seen.setdefault("score", real(*args)))
+    solved = []
+    monkeypatch.setattr(train, "answer", lambda m, t, problems, g=None: solved.append(problems) or [[1]] * len(problems))
+    held_out = train.evaluation_problems(config, task)
+    everything = [f"{a}{p}{b}{q}{c}=" for a in range(10) for b in range(10) for c in range(10) for p in "+-*" for q in "+-*"]
+    monkeypatch.setattr(train, "evaluation_problems", lambda *_: everything[:8500])      # leaves 500 of 9,000
+    distil(config, task, student, teacher, Path(config.cache_dir) / "run", "toy")
+    for problems in [seen["score"].problems] + [p for p in solved if len(p) == config.batch_size]:
+        assert not set(problems) & set(everything[:8500])
+    assert len(held_out) == config.eval_size
+
+
+# Alignment.
+
+def test_packed_logits_are_those_that_chose_the_answers(toy):
+    """Off by one, a lost last token or shifted padding would all show: pitfalls 1 to 3."""
+    _, task, student, _ = toy
+    prompts = [task.encode(p) for p in ("1+2=", "1+2*3-4=", "9*9+1=")]
+    rollout = student.generate(prompts, 20, generator=torch.Generator().manual_seed(3), eos_token_id=task.end)
+    lengths = rollout.mask.sum(1).tolist()
+    assert len(set(lengths)) > 1 and min(lengths) < 20        # ragged, and some rows ended with <end>
+    batch = pack(prompts, [t[:n] for t, n in zip(rollout.tokens.tolist(), lengths)], "cpu")
+    log_p = F.log_softmax(student(batch.ids[:, :-1]), -1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(log_p[batch.mask], rollout.log_probs[rollout.mask], atol=1e-5, rtol=0)
+
+
+def test_end_token_carries_loss_and_padding_does_not():
+    end = 9
+    batch = pack([[1, 2], [3]], [[5, end], [6, 7, 8, end]], "cpu")
+    assert batch.ids.tolist() == [[1, 2, 5, end, 0], [3, 6, 7, 8, end]]
+    assert batch.mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+    assert batch.ids[:, 1:][batch.mask].tolist() == [5, end, 6, 7, 8, end]
+
+
+def test_answers_that_are_empty_or_end_at_once():
+    batch = pack([[1, 2], [3], [4, 4, 4]], [[], [9], [5]], "cpu")
+    assert batch.mask.tolist() == [[False, False, False], [True, False, False], [False, False, True]]
+    assert pack([[1, 2]], [[]], "cpu").mask.tolist() == [[False]]
+
+
+def test_a_teacher_equal_to_the_student_teaches_nothing(toy):
+    _, task, student, _ = toy
+    for answers in ([[5], [6]], [[5, 6, 7, task.end], [task.end]]):
+        batch = pack([task.encode("1+2="), task.encode("3*4-5=")], answers, "cpu")
+        logits = student(batch.ids[:, :-1])
+        position_kl = [reverse_kl(logits, logits, batch.mask & (torch.arange(batch.mask.shape[1]) == t)).item()
+                       for t in range(batch.mask.shape[1])]
+        assert max(map(abs, position_kl)) < 1e-6
+
+
+# Base, teacher, scores.
+
+def test_base_and_teacher_are_made_once(tmp_path, monkeypatch):
+    config = Config(**TOY, cache_dir=str(tmp_path))
+    task = Chains(2, 1)
+    student, teacher = make_models(config, task)
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
+    assert all(p.requires_grad for p in student.parameters()) and not any(p.requires_grad for p in teacher.parameters())
+    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
+    again, _ = make_models(config, task)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters()))
+    (home,) = tmp_path.iterdir()                              # and no scratch directory is left
+    assert sorted(p.name for p in home.iterdir()) == ["base", "recipe.json", "teacher"]
+    with pytest.raises(pytest.fail.Exception):
+        make_models(dataclasses.replace(config, slip=0.3), task)
+
+
+def test_an_interrupted_first_use_leaves_nothing_that_is_taken_for_a_model(tmp_path, monkeypatch):
+    config, task, calls = Config(**TOY, cache_dir=str(tmp_path)), Chains(2, 1), []
+    real = train.fit
+
+    def killed_in_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "fit", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        make_models(config, task)
+    make_models(config, task)                                 # trains again from the start
+    assert len(calls) == 4
+
+
+def test_gap_skill_takes_the_base_from_the_teachers_own_run(tmp_path, monkeypatch):
+    spans = []
+    monkeypatch.setattr(train, "fit", lambda m, t, steps, lr, b, slip, *a, first=0, last=None: spans.append((steps, slip, first, last)))
+    make_models(Config(**TOY, gap="skill", cache_dir=str(tmp_path)), Chains(2, 1))
+    assert spans == [(6, 0.0, 0, 4), (6, 0.0, 4, None)]
+
+
+def test_scores(toy, monkeypatch):
+    config, task, student, teacher = toy
+    problems = task.problems(5, random.Random(1))
+    accuracy = Score(config, task, teacher, problems)
+    torch.manual_seed(0)
+    value = accuracy(student)
+    torch.manual_seed(0)
+    answers = train.answer(student, task, problems)
+    assert value == train.accuracy(task, problems, answers) and accuracy.tokens == sum(map(len, answers))
+
+    rollout_kl = Score(dataclasses.replace(config, score="rollout_kl"), task, teacher, problems)
+    torch.manual_seed(0)
+    value = rollout_kl(student)
+    batch = pack([task.encode(p) for p in problems], answers, "cpu")
+    expected = -reverse_kl(student(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.mask).item()
+    assert value == pytest.approx(expected, abs=1e-6) and rollout_kl.tokens == sum(map(len, answers))
+    assert rollout_kl(teacher) == pytest.approx(0, abs=1e-6)
+
+    batch_kl = Score(dataclasses.replace(config, score="batch_kl"), task, teacher, problems)
+    batch_kl.last_batch = batch, teacher(batch.ids[:, :-1])
+    monkeypatch.setattr(GPT, "generate", lambda *a, **k: pytest.fail("batch_kl needs no generation"))
+    assert batch_kl(student) == pytest.approx(expected, abs=1e-6) and batch_kl.tokens == int(batch.mask.sum())
+
+
+# The loop.
+
+def test_a_search_that_accepts_nothing_is_plain_opd_bit_for_bit(toy, tmp_path, monkeypatch):
+    config, task, student, teacher = toy
+    optimizers, ends = [], {}
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
+    real = Score.__call__
+    monkeypatch.setattr(Score, "__call__", lambda self, model: real(self, model) * 0)      # does the work, likes nothing
+    for method in ("opd", "effopd"):
+        torch.manual_seed(0)
+        mine = GPT(student.config)
+        own = dataclasses.replace(config, method=method, score="rollout_kl", search_every=3)
+        distil(own, task, mine, teacher, tmp_path / method, method)
+        moments = [v for s in optimizers[-1].state_dict()["state"].values() for v in s.values()]
+        ends[method] = [*mine.parameters(), *moments, torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(ends["opd"], ends["effopd"], strict=True))
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "validation_tokens")}
+             for line in (tmp_path / m / "log.jsonl").read_text().splitlines()] for m in ("opd", "effopd")]
+    assert logs[0] == logs[1] and len(logs[0]) == config.steps
+    searches = [json.loads(line) for line in (tmp_path / "effopd" / "search.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in searches] == [1, 2, 3, 4] and all(s["accepted"] == 0 and s["tokens"] > 0 for s in searches)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "sequence", "top_k"])
+def test_every_loss_brings_the_student_to_the_teacher(loss, toy, tmp_path):
+    config, task, student, teacher = toy
+    with torch.no_grad():                                     # a teacher that says one thing, clearly
+        teacher.lm_head.weight.mul_(3)
+    own = dataclasses.replace(config, method="opd", loss=loss, steps=40, eval_every=40, batch_size=256, lr=1e-2)
+    distil(own, task, student, teacher, tmp_path / "run", loss)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    tokens = [b["student_tokens"] - a["student_tokens"] for a, b in zip([{"student_tokens": 0}, *log], log)]
+    # Per answer, not per token: the sequence gradient also lowers the sum by ending sooner, and the mean may rise.
+    kl = [line["kl"] * n if loss == "sequence" else line["kl"] for line, n in zip(log, tokens)]
+    assert sum(kl[-5:]) < 0.5 * sum(kl[:5])
+
+
+def test_checkpoints_are_from_before_the_jump_and_load_in_transformers(toy, tmp_path):
+    config, task, student, teacher = toy
+    own = dataclasses.replace(config, method="effopd", score="batch_kl", candidates="doubling", lr=1e-3)
+    start = student.lm_head.weight.detach().clone()
+    distil(own, task, student, teacher, tmp_path / "run", "toy")
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["final", "step_000000", "step_000001", "step_000002", "step_000004"]
+    assert torch.equal(GPT.from_pretrained(folder / "step_000000").lm_head.weight, start)
+    first = json.loads((tmp_path / "run" / "search.jsonl").read_text().splitlines()[0])
+    assert first["accepted"] > 0
+    base, after = (GPT.from_pretrained(folder / f"step_00000{i}") for i in (0, 1))
+    delta = sum((a - b).square().sum() for (name, a), b in zip(after.named_parameters(), base.parameters())
+                if "attn" in name or "mlp" in name).sqrt()
+    assert delta.item() == pytest.approx(first["delta_norm"], rel=1e-4)                  # Δ alone, no jump in it
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "final")
+    ids = torch.tensor([task.encode("1+2=")])
+    torch.testing.assert_close(theirs(ids).logits, student(ids), atol=1e-4, rtol=0)
+
+
+def test_evaluation_repeats_itself_and_takes_nothing_from_the_global_random_state(toy):
+    _, task, student, _ = toy
+    problems, state = task.problems(12, random.Random(0)), torch.get_rng_state()
+    assert evaluate(student, task, problems) == evaluate(student, task, problems)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_speed_ups_by_hand():
+    def run(final, *points):
+        keys = ("step", "accuracy", "student_tokens", "seconds")
+        return dict(final_accuracy=final, searches=[], examples=[], curve=[dict(zip(keys, p)) for p in points])
+
+    methods = compare({"OPD": run(0.7, (0, 0.4, 0, 0.0), (8, 0.6, 800, 4.0), (16, 0.71, 1600, 8.0)),
+                       "fast": run(0.9, (0, 0.4, 0, 0.0), (4, 0.7, 800, 2.5), (8, 0.9, 1600, 5.0)),
+                       "slow": run(0.5, (0, 0.4, 0, 0.0), (16, 0.5, 3200, 9.0))})
+    assert methods["OPD"]["speed_up"] == dict(step=1, student_tokens=1, seconds=1)
+    assert methods["fast"]["speed_up"] == dict(step=4, student_tokens=2, seconds=3.2)
+    assert methods["slow"]["reached"] is None and methods["slow"]["speed_up"] is None
+
+
+# The command line.
+
+def test_the_race_from_the_command_line(tmp_path):
+    """The real thing, once, at toy size: a new directory, all its files, and a second run beside the first."""
+    command = [sys.executable, str(ROOT / "train.py"), *as_args(TOY | dict(num_ops=1, eval_every=1))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "speed-up" in done.stdout and "race.png" in done.stdout and "before" in done.stdout
+    race = tmp_path / "runs" / "race"
+    assert (race / "race.png").stat().st_size > 10_000
+    summary = json.loads((race / "summary.json").read_text())
+    assert list(summary["methods"]) == ["OPD", "EffOPD, paper", "EffOPD, batch KL"]
+    for directory in ("opd", "effopd", "effopd-batch-kl"):
+        lines = [json.loads(line) for line in (race / directory / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert {"loss", "kl", "grad_norm", "lr", "student_tokens", "validation_tokens", "seconds", "accuracy"} <= set(lines[0])
+        assert json.loads((race / directory / "config.json").read_text())["versions"]["torch"] == torch.__version__
+    settings = json.loads((race / "effopd-batch-kl" / "config.json").read_text())
+    assert (settings["score"], settings["candidates"], settings["num_candidates"]) == ("batch_kl", "doubling", 8)
+    assert "EffOPD" in done.stderr and "base" in done.stderr  # progress bars
+    again = subprocess.run([*command, "--method", "opd", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "base" not in again.stderr and (tmp_path / "runs" / "opd").is_dir()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--lr", "abc"], "invalid float value: 'abc'"), (["--method", "foo"], "'foo'"), (["--steps", "0"], "--steps must be"),
+    (["--batch_size", "0"], "--batch_size must be"), (["--lr", "nan"], "--lr must be"), (["--lr", "inf"], "--lr must be"),
+    (["--device", "abacus"], "--device must be"), (["--device", "cuda:99"], "CUDA GPUs"),
+    (["--student", "nowhere"], "no directory nowhere"), (["--teacher", "nowhere"], "no directory nowhere"),
+    (["--digits", "3"], "--digits must be"), (["--slip", "1"], "--slip is"), (["--hidden_size", "90"], "--hidden_size must be"),
+    (["--score", "batch_kl"], "--method effopd"), (["--nonsense", "1"], "--nonsense"), (["--search_every", "-1"], "--search_every"),
+    (["--preset", "huge"], "huge"),
+])
+def test_bad_settings_end_in_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code not in (0, None) and "\n" not in said and words in said
+
+
+def test_bad_directories_end_in_one_line(tmp_path, capsys):
+    """A directory that is taken, one that holds no model, one whose model has another vocabulary."""
+    GPT(GPTConfig(33, 16, 24, 1, 2)).save_pretrained(tmp_path / "other")
+    toy = as_args(TOY | dict(cache_dir=tmp_path / "cache", method="opd"))
+    for args, words in [(["--out_dir", str(tmp_path)], "exists already"), (["--student", str(tmp_path)], "no config.json"),
+                        (["--student", str(tmp_path / "other")], "33 tokens, the task 17")]:
+        with pytest.raises(SystemExit) as stopped:
+            main([*toy, "--out_dir", str(tmp_path / "out"), *args])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code not in (0, None) and words in said and said.startswith("train.py: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_students_own_checkpoint_is_a_student(tmp_path, monkeypatch):
+    GPT(GPTConfig(17, 16, 24, 1, 2)).save_pretrained(tmp_path / "mine")
+    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("both models were given"))
+    main([*as_args(TOY | dict(method="opd", student=tmp_path / "mine", teacher=tmp_path / "mine",
+                              out_dir=tmp_path / "out"))])
+    kl = [json.loads(line)["kl"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert abs(kl[0]) < 1e-6
+
+
+def test_presets_are_defaults_that_options_overrule():
+    assert parse_config(["--preset", "gpu"]).num_hidden_layers == 8
+    assert parse_config(["--preset", "gpu", "--num_hidden_layers", "4"]).num_hidden_layers == 4
+    assert parse_config([]).num_hidden_layers == 3
+    config = parse_config(["--preset", "gpu"])
+    model = GPT(GPTConfig(17, config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads))
+    assert 24e6 < sum(p.numel() for p in model.parameters()) < 27e6
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(f"--{field.name}" in text and field.metadata["help"] for field in dataclasses.fields(Config))

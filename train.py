@@ -1,0 +1,583 @@
+"""Distil a teacher into a student on the student's own answers: plain OPD against EffOPD, from the same start.
+
+    python train.py                                    # the race: OPD and two EffOPD searches, minutes on a laptop
+    python train.py --method effopd --device cuda      # one run, on a GPU
+    python train.py --preset gpu                       # a 25 M student on longer chains, for a GPU of 8 GB
+    python train.py --method opd --lr 1e-3             # OPD at its best learning rate
+    python train.py --gap skill                        # a student that lacks the skill: where foresight fails
+    python train.py --help                             # every setting
+
+The task is built in: chains of arithmetic modulo 10, worked out step by step.
+
+    prompt 7+5-3*4=      response 7+5=2;2-3=9;9*4=6;#6 <end>
+
+The base student knows the method but slips on one step in five; the teacher is the same model, trained further
+without slips. OPD teaches the student, on its own answers, not to slip. Graded on what follows the #.
+
+Departures from arXiv:2605.11739, beside those of effopd.py:
+  - a 0.3 M parameter student on arithmetic instead of 1.5-14 B on mathematics; all settings scaled to it.
+  - the full-vocabulary reverse KL is the default loss (--loss sampled is the paper's); same gradient on average.
+  - no weight decay; gradients clipped to norm 1.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from effopd import EffOPD, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from model import GPT, GPTConfig
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Settings. A field here is an option of the command line; the groups are those of --help.
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Run:
+    _argument_group_name = "the run"
+    method: Literal["race", "opd", "effopd"] = setting("race", "race: OPD, the paper's EffOPD and EffOPD with batch KL and doubling candidates, one after the other")
+    preset: Literal["laptop", "gpu"] = setting("laptop", "defaults for everything below; gpu: a 25 M student, two-digit chains of 8 operations")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a CUDA GPU where there is one")
+    seed: int = setting(0, "of the training problems, the rollouts and D_v; base, teacher and evaluation stay the same")
+    out_dir: str = setting("", "the run's directory, must be new; empty: runs/METHOD, or runs/METHOD-2 ... if that is taken")
+    cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
+
+
+@dataclass
+class Models:
+    _argument_group_name = "the task and the two models"
+    gap: Literal["slip", "skill"] = setting("slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the teacher's own training")
+    num_ops: int = setting(5, "operations in a chain")
+    digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
+    slip: float = setting(0.2, "probability that a step of the base's training data is wrong (--gap slip)")
+    hidden_size: int = setting(96, "width of the model")
+    num_hidden_layers: int = setting(3, "its layers")
+    num_attention_heads: int = setting(4, "its attention heads")
+    intermediate_size: int = setting(256, "width of its MLP")
+    base_steps: int = setting(600, "supervised steps that make the base (--gap skill: the step of the clean run that is the base)")
+    base_lr: float = setting(3e-3, "their peak learning rate")
+    base_batch_size: int = setting(64, "their worked examples a step")
+    teacher_steps: int = setting(150, "further clean steps that make the teacher (--gap skill: the rest of the clean run)")
+    teacher_lr: float = setting(1e-3, "their peak learning rate (--gap slip)")
+    student: str = setting("", "directory of another student, a Hugging Face checkpoint with this task's vocabulary; empty: the built-in base")
+    teacher: str = setting("", "directory of another teacher; empty: the built-in one")
+
+
+@dataclass
+class Distillation:
+    _argument_group_name = "distillation"
+    steps: int = setting(64, "optimiser steps")
+    lr: float = setting(3e-5, "learning rate, constant")
+    batch_size: int = setting(128, "prompts a step, one rollout each")
+    loss: Literal["full", "sampled", "sequence", "top_k"] = setting("full", "reverse KL over the full vocabulary; on the sampled tokens (discount 0: the paper's); its exact sequence gradient (discount 1); over the student's top k and a tail bucket")
+    top_k: int = setting(4, "k of --loss top_k")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    eval_every: int = setting(2, "steps between evaluations (not counted in a run's seconds)")
+    eval_size: int = setting(1000, "problems in an evaluation, one sampled answer each")
+
+
+@dataclass
+class Search:
+    _argument_group_name = "EffOPD's search (--method effopd; the race sets score, candidates and num_candidates itself)"
+    score: Literal["accuracy", "rollout_kl", "batch_kl"] = setting("accuracy", "of a candidate: accuracy on D_v (the paper's); -KL to the teacher on fresh answers to D_v; -KL on the batch just trained on")
+    candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
+    num_candidates: int = setting(5, "candidates at most")
+    dv_size: int = setting(50, "problems in D_v")
+    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt) or not lower (ge) than the last one kept")
+    scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
+    first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
+    search_every: int = setting(0, "search also at every multiple of this step (0: off)")
+    reset_moments: bool = setting(False, "forget Adam's moments of the moved weights after a jump")
+
+
+@dataclass
+class Config(Run, Models, Distillation, Search):
+    """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
+
+    def __post_init__(self):
+        for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr", "batch_size",
+                     "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates", "dv_size", "first_trigger"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
+        if self.digits not in (1, 2):
+            raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
+        if not 0 <= self.slip < 1:
+            raise ValueError(f"--slip is a probability below 1, got {self.slip}")
+        if self.search_every < 0:
+            raise ValueError(f"--search_every must be 0 (off) or more, got {self.search_every}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
+                             f"{2 * self.num_attention_heads}, got {self.hidden_size}")
+        for name in ("student", "teacher"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_dir():
+                raise ValueError(f"--{name}: there is no directory {getattr(self, name)}")
+        self.device = str(pick_device(self.device))
+
+
+PRESETS = {
+    "laptop": {},
+    "gpu": dict(num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+                base_steps=3000, base_lr=6e-4, base_batch_size=256, teacher_steps=400, teacher_lr=2e-4,
+                batch_size=512, lr=3e-6),
+}
+
+RACE = {  # name: (directory, what differs from the race's other settings)
+    "OPD": ("opd", dict(method="opd")),
+    "EffOPD, paper": ("effopd", dict(method="effopd", score="accuracy", candidates="linear", num_candidates=5)),
+    "EffOPD, batch KL": ("effopd-batch-kl", dict(method="effopd", score="batch_kl", candidates="doubling", num_candidates=8)),
+}
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
+    return device
+
+
+def parse_config(args=None) -> Config:
+    parser = HfArgumentParser([Run, Models, Distillation, Search], description=__doc__.split("\n\n")[0],
+                              allow_abbrev=False)
+    parser.error = stop
+    preset = parser.parse_known_args(args)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    config = vars(parser.parse_args(args))
+    if config["method"] == "race":
+        for name in ("score", "candidates", "num_candidates"):
+            if config[name] != parser.get_default(name):
+                stop(f"--{name} is set by the race itself; give it to --method effopd")
+    try:
+        return Config(**config)
+    except ValueError as error:
+        stop(error)
+
+
+def stop(message):
+    """One line, and a status that says something went wrong."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The task.
+
+class Chains:
+    """Chains of arithmetic modulo 10 or 100, worked out from left to right."""
+
+    def __init__(self, num_ops: int, digits: int):
+        self.num_ops, self.modulus = num_ops, 10 ** digits
+        ranks = {c.encode(): i for i, c in enumerate("0123456789+-*=;#")}
+        self.encoding = tiktoken.Encoding("chains", pat_str=r"[\s\S]", mergeable_ranks=ranks,
+                                          special_tokens={"<end>": len(ranks)})
+        self.end = len(ranks)
+        self.vocab_size = self.encoding.n_vocab
+        self.max_prompt = (num_ops + 1) * (digits + 1)
+        self.max_response = num_ops * (3 * digits + 3) + digits + 2           # a=b... steps, #answer, <end>
+
+    def problem(self, rng: random.Random) -> str:
+        text = str(rng.randrange(self.modulus))
+        for _ in range(self.num_ops):
+            op = rng.choice("+-*")
+            text += op + str(rng.randrange(10 if op == "*" else self.modulus))
+        return text + "="
+
+    def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
+        """n problems, none of them in exclude."""
+        found = []
+        while len(found) < n:
+            problem = self.problem(rng)
+            if problem not in exclude:
+                found.append(problem)
+        return found
+
+    def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
+        """The worked answer. Each result is wrong with probability slip, and the chain goes on from it."""
+        numbers = problem[:-1].replace("-", "+").replace("*", "+").split("+")
+        ops = [c for c in problem if c in "+-*"]
+        value, steps = int(numbers[0]), []
+        for op, number in zip(ops, map(int, numbers[1:])):
+            result = (value + number if op == "+" else value - number if op == "-" else value * number) % self.modulus
+            if slip and rng.random() < slip:
+                result = (result + rng.randrange(1, self.modulus)) % self.modulus
+            steps.append(f"{value}{op}{number}={result};")
+            value = result
+        return "".join(steps) + f"#{value}"
+
+    def is_correct(self, problem: str, answer: str) -> bool:
+        return answer.rpartition("#")[2] == self.solve(problem).rpartition("#")[2] and "#" in answer
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.encoding.decode([t for t in tokens if t != self.end])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Base and teacher: supervised training, once, then kept on disk.
+
+class Batch(NamedTuple):
+    """Prompts with their answers, padded on the right. Logits of ids[:, :-1] predict ids[:, 1:]."""
+    ids: torch.Tensor      # (B, T) int64
+    mask: torch.Tensor     # (B, T - 1) bool: ids[:, 1:] is a token of the answer
+
+
+def pack(prompts, answers, device) -> Batch:
+    """Lists of token ids, an answer to each prompt -> Batch."""
+    ids = pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers)], batch_first=True)        # (B, T)
+    starts = torch.tensor([len(p) for p in prompts])[:, None]
+    ends = starts + torch.tensor([len(a) for a in answers])[:, None]
+    columns = torch.arange(1, ids.shape[1])
+    return Batch(ids.to(device), ((columns >= starts) & (columns < ends)).to(device))
+
+
+def fit(model, task, steps, lr, batch_size, slip, rng, exclude, label, first=0, last=None):
+    """Supervised training on worked examples: steps first + 1 .. last of a run of `steps` (warm-up, then linear to 5%)."""
+    device, last = model.device, last or steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    for step in tqdm(range(first + 1, last + 1), desc=label, unit="step", dynamic_ncols=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / 30, 1 - 0.95 * step / steps)
+        problems = task.problems(batch_size, rng, exclude)
+        batch = pack([task.encode(p) for p in problems],
+                     [task.encode(task.solve(p, slip, rng)) + [task.end] for p in problems], device)
+        logits = model(batch.ids[:, :-1])                                                                # (B, T-1, V)
+        loss = F.cross_entropy(logits[batch.mask], batch.ids[:, 1:][batch.mask])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
+    """The student to start from and its teacher: from the cache, made first if they are not there yet."""
+    recipe = {name: getattr(config, name) for name in (
+        "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "intermediate_size", "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr")}
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:10]
+    home = Path(config.cache_dir) / f"{config.gap}-{key}"
+    if not (config.student and config.teacher) and not home.exists():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                              config.num_attention_heads)).to(config.device)
+        rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
+        scratch = home.with_name(f"{home.name}.{os.getpid()}")  # renamed when complete: no half-made model is ever read
+        if config.gap == "slip":
+            fit(model, task, config.base_steps, config.base_lr, config.base_batch_size, config.slip, rng, exclude, "base")
+            model.save_pretrained(scratch / "base")
+            fit(model, task, config.teacher_steps, config.teacher_lr, config.base_batch_size, 0.0, rng, exclude, "teacher")
+        else:                                                 # one clean run; the base is what it was early on
+            whole = config.base_steps + config.teacher_steps
+            args = task, whole, config.base_lr, config.base_batch_size, 0.0, rng, exclude
+            fit(model, *args, "base", last=config.base_steps)
+            model.save_pretrained(scratch / "base")
+            fit(model, *args, "teacher", first=config.base_steps)
+        model.save_pretrained(scratch / "teacher")
+        (scratch / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        try:
+            scratch.rename(home)
+        except OSError:                                       # another process was first
+            shutil.rmtree(scratch)
+    models = [GPT.from_pretrained(directory or home / name).to(config.device)
+              for name, directory in (("base", config.student), ("teacher", config.teacher))]
+    for option, model in zip(("student", "teacher"), models):
+        if model.config.vocab_size != task.vocab_size:
+            raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
+    return models[0], models[1].requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rollouts, evaluation, and the scores that a search can go by.
+
+def answer(model, task, problems, generator=None) -> list[list[int]]:
+    """One sampled answer (T = 1) to each problem: token ids, the end token included."""
+    rollout = model.generate([task.encode(p) for p in problems], task.max_response, generator=generator,
+                             eos_token_id=task.end)
+    return [tokens[:n] for tokens, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist())]
+
+
+def accuracy(task, problems, answers) -> float:
+    return sum(task.is_correct(p, task.decode(a)) for p, a in zip(problems, answers)) / len(problems)
+
+
+def evaluation_problems(config, task) -> list[str]:
+    """The same for every run; neither training nor D_v contains any of them."""
+    return task.problems(config.eval_size, random.Random("evaluation"))
+
+
+def evaluate(model, task, problems) -> tuple[float, list[list[int]]]:
+    """Accuracy of one sampled answer to each problem, always under the same random numbers; and the answers."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    answers = [a for i in range(0, len(problems), 500) for a in answer(model, task, problems[i:i + 500], generator)]
+    return accuracy(task, problems, answers), answers
+
+
+class Score:
+    """validate(model) for EffOPD, higher is better, and a count of the response tokens that it ran through the student.
+
+    To add a score of your own, add a case here and its name to Search.score.
+    """
+
+    def __init__(self, config, task, teacher, problems):
+        self.kind, self.task, self.teacher, self.problems = config.score, task, teacher, problems
+        self.last_batch = None     # (Batch, teacher logits) of the training step just taken, for batch_kl
+        self.tokens = 0
+
+    def __call__(self, model) -> float:
+        if self.kind == "batch_kl":                           # answers and teacher logits are at hand: one forward pass
+            batch, teacher_logits = self.last_batch
+        else:                                                 # fresh answers; EffOPD seeds them alike for all candidates
+            answers = answer(model, self.task, self.problems)
+            if self.kind == "accuracy":
+                self.tokens += sum(map(len, answers))
+                return accuracy(self.task, self.problems, answers)
+            batch = pack([self.task.encode(p) for p in self.problems], answers, model.device)
+            teacher_logits = self.teacher(batch.ids[:, :-1])
+        self.tokens += int(batch.mask.sum())
+        return -reverse_kl(model(batch.ids[:, :-1]), teacher_logits, batch.mask).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The training loop.
+
+def distillation_loss(config, student_logits, teacher_logits, batch):
+    if config.loss == "full":
+        return reverse_kl(student_logits, teacher_logits, batch.mask)
+    if config.loss == "top_k":
+        return reverse_kl_top_k(student_logits, teacher_logits, batch.mask, config.top_k)
+    return reverse_kl_sampled(student_logits, teacher_logits, batch.ids[:, 1:], batch.mask,
+                              discount=1.0 if config.loss == "sequence" else 0.0)
+
+
+def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path, label: str) -> dict:
+    """Train the student in place, keep the run in out_dir, return its summary."""
+    held_out = evaluation_problems(config, task)
+    exclude = set(held_out)
+    rng = random.Random(f"training {config.seed}")
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    score = Score(config, task, teacher, task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), exclude))
+    effopd = None
+    if config.method == "effopd":
+        effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
+                        num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
+                        every=config.search_every, optimizer=optimizer if config.reset_moments else None)
+    out_dir.mkdir(parents=True)
+    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
+    save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
+
+    student_tokens, seconds, searches = 0, 0.0, []
+    first_accuracy, before = evaluate(student, task, held_out)
+    curve = [dict(step=0, accuracy=first_accuracy, student_tokens=0, seconds=0.0)]
+    bar = tqdm(range(1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True)
+    for step in bar:
+        start = time.perf_counter()
+        problems = task.problems(config.batch_size, rng, exclude)
+        answers = answer(student, task, problems, generator)                               # y ~ π
+        batch = pack([task.encode(p) for p in problems], answers, student.device)
+        with torch.no_grad():
+            teacher_logits = teacher(batch.ids[:, :-1])                                    # (B, T-1, V)
+        student_logits = student(batch.ids[:, :-1])                                        # (B, T-1, V)
+        loss = distillation_loss(config, student_logits, teacher_logits, batch)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        kl = reverse_kl(student_logits.detach(), teacher_logits, batch.mask).item()
+        seconds += time.perf_counter() - start
+
+        if step.bit_count() == 1:                             # 1, 2, 4, 8, ...: before a jump
+            save_checkpoint(student, out_dir / "checkpoints" / f"step_{step:06d}")
+        if effopd is not None:
+            start = time.perf_counter()
+            score.last_batch = batch, teacher_logits
+            tokens_before = score.tokens
+            search = effopd.step(step)
+            if search is not None:
+                searches.append(search | {"tokens": score.tokens - tokens_before})
+                append_json(out_dir / "search.jsonl", searches[-1])
+            seconds += time.perf_counter() - start
+
+        student_tokens += sum(map(len, answers))
+        line = dict(step=step, loss=loss.item(), kl=kl, grad_norm=grad_norm.item(), lr=config.lr,
+                    student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
+        if step % config.eval_every == 0 or step == config.steps:
+            line["accuracy"], after = evaluate(student, task, held_out)
+            curve.append(dict(step=step, accuracy=line["accuracy"], student_tokens=student_tokens + score.tokens,
+                              seconds=seconds))
+        append_json(out_dir / "log.jsonl", line)
+        bar.set_postfix(kl=f"{kl:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
+
+    save_checkpoint(student, out_dir / "checkpoints" / "final")
+    last = [point["accuracy"] for point in curve[-3:]]
+    summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
+                   final_accuracy=sum(last) / len(last), student_tokens=student_tokens + score.tokens,
+                   validation_tokens=score.tokens, seconds=seconds,
+                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in searches],
+                   curve=curve, examples=examples(task, held_out, before, after))
+    write_json(out_dir / "summary.json", summary)
+    return summary
+
+
+def examples(task, problems, before, after, n=3) -> list[dict]:
+    """The first n problems that the student got wrong before training, with its answers before and after."""
+    rows = [dict(problem=p, before=task.decode(b), after=task.decode(a), right=task.is_correct(p, task.decode(a)))
+            for p, b, a in zip(problems, before, after) if not task.is_correct(p, task.decode(b))]
+    return rows[:n]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The race: the same start, seed and problems for each method; then who got where at what cost.
+
+def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
+    out_dir.mkdir(parents=True)
+    runs = {}
+    for name, (directory, settings) in RACE.items():
+        own = Config(**asdict(config) | settings)
+        runs[name] = distil(own, task, copy.deepcopy(student), teacher, out_dir / directory, name)
+    summary = dict(target=runs["OPD"]["final_accuracy"], methods=compare(runs))
+    write_json(out_dir / "summary.json", summary)
+    return summary
+
+
+def compare(runs: dict) -> dict:
+    """What each run took to the accuracy that OPD ends with (mean of its last three evaluations), validation included."""
+    target, methods = runs["OPD"]["final_accuracy"], {}
+    for name, run in runs.items():
+        reached = next((point for point in run["curve"][1:] if point["accuracy"] >= target), None)    # after step 0
+        methods[name] = {"final_accuracy": run["final_accuracy"], "reached": reached,
+                         "searches": run["searches"], "curve": run["curve"], "examples": run["examples"]}
+    for method in methods.values():
+        opd, own = methods["OPD"]["reached"], method["reached"]
+        method["speed_up"] = opd and own and {unit: opd[unit] / own[unit] for unit in ("step", "student_tokens", "seconds")}
+    return methods
+
+
+def print_race(summary):
+    print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n")
+    print(f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}    {'speed-up in steps':>18}{'tokens':>9}{'seconds':>9}")
+    for name, m in summary["methods"].items():
+        row = f"{name:18}{m['final_accuracy']:9.3f}"
+        if m["reached"]:
+            r, s = m["reached"], m["speed_up"]
+            row += f"{r['step']:9}{r['student_tokens']:10,}{r['seconds']:9.1f}    "
+            row += "".join(f"{s[unit]:{width}.1f}x" for unit, width in (("step", 17), ("student_tokens", 8), ("seconds", 8)))
+        else:
+            row += "  did not reach it"
+        print(row)
+
+
+def print_examples(examples):
+    print("\nThree problems that the student got wrong before, and its answers after:\n")
+    for e in examples:
+        print(f"  {e['problem']}\n    before  {e['before']}  wrong\n    after   {e['after']}  {'right' if e['right'] else 'wrong'}")
+
+
+def draw_race(summary, path):
+    """Accuracy against steps and against seconds; a dot where a search accepted a jump."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
+        for i, (name, m) in enumerate(summary["methods"].items()):
+            at = {point["step"]: point for point in m["curve"]}
+            axis.plot([p[unit] for p in m["curve"]], [p["accuracy"] for p in m["curve"]], color=f"C{i}", label=name)
+            jumps = [at[min(s for s in at if s >= search["step"])] for search in m["searches"] if search["accepted"]]
+            axis.plot([p[unit] for p in jumps], [p["accuracy"] for p in jumps], "o", color=f"C{i}")
+        axis.axhline(summary["target"], color="grey", linestyle=":", label="where OPD ends")
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (one sampled answer a problem)")
+    panels[0].plot([], [], "o", color="grey", label="a jump was accepted")
+    panels[0].legend(loc="lower right")
+    figure.suptitle("EffOPD jumps along OPD's direction: the same accuracy in fewer steps")
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files.
+
+def versions(device) -> dict:
+    import numpy, transformers
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+            "numpy": numpy.__version__, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu"}
+
+
+def write_json(path: Path, value):
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.replace(path)                                     # never a half-written file under the real name
+
+
+def append_json(path: Path, line: dict):
+    with open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def save_checkpoint(model, directory: Path):
+    scratch = directory.with_name(directory.name + ".part")
+    model.save_pretrained(scratch)
+    scratch.rename(directory)
+
+
+def new_directory(config) -> Path:
+    """--out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that does not exist: no run overwrites another."""
+    if config.out_dir:
+        if Path(config.out_dir).exists():
+            stop(f"--out_dir {config.out_dir} exists already; name a new directory or remove it")
+        return Path(config.out_dir)
+    names = (f"{config.method}-{n}" if n > 1 else config.method for n in range(1, 10 ** 9))
+    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+
+
+def main(args=None):
+    config = parse_config(args)
+    out_dir = new_directory(config)
+    task = Chains(config.num_ops, config.digits)
+    try:
+        student, teacher = make_models(config, task)
+    except (ValueError, FileNotFoundError) as error:
+        stop(error)
+    if config.method == "race":
+        summary = race(config, task, student, teacher, out_dir)
+        print_examples(summary["methods"]["EffOPD, batch KL"]["examples"])
+        print_race(summary)
+        draw_race(summary, out_dir / "race.png")
+        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+    else:
+        summary = distil(config, task, student, teacher, out_dir, config.method)
+        print_examples(summary["examples"])
+        print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after; "
+              f"{summary['student_tokens']:,} student tokens, {summary['seconds']:.1f} s. The run is in {out_dir}")
+
+
+if __name__ == "__main__":
+    main()
