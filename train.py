@@ -465,22 +465,36 @@ def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path
     for name, (directory, settings) in RACE.items():
         own = Config(**asdict(config) | settings)
         runs[name] = distil(own, task, copy.deepcopy(student), teacher, out_dir / directory, name)
-    summary = dict(target=runs["OPD"]["final_accuracy"], methods=compare(runs))
+    summary = dict(config=asdict(config) | {"versions": versions(config.device)},
+                   target=runs["OPD"]["final_accuracy"], methods=compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
+
+
+def first_at(curve, target) -> dict | None:
+    """The first point of an evaluation curve, step 0 aside, that is at the target accuracy."""
+    return next((point for point in curve[1:] if point["accuracy"] >= target), None)
 
 
 def compare(runs: dict) -> dict:
     """What each run took to the accuracy that OPD ends with (mean of its last three evaluations), validation included."""
     target, methods = runs["OPD"]["final_accuracy"], {}
     for name, run in runs.items():
-        reached = next((point for point in run["curve"][1:] if point["accuracy"] >= target), None)    # after step 0
-        methods[name] = {"final_accuracy": run["final_accuracy"], "reached": reached,
+        methods[name] = {"final_accuracy": run["final_accuracy"], "reached": first_at(run["curve"], target),
                          "searches": run["searches"], "curve": run["curve"], "examples": run["examples"]}
     for method in methods.values():
         opd, own = methods["OPD"]["reached"], method["reached"]
         method["speed_up"] = opd and own and {unit: opd[unit] / own[unit] for unit in ("step", "student_tokens", "seconds")}
     return methods
+
+
+def print_run(summary):
+    print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after "
+          f"{summary['steps']} steps, {summary['student_tokens']:,} student tokens, {summary['seconds']:.1f} s\n")
+    for target in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+        point = first_at(summary["curve"], target)
+        print(f"  to accuracy {target:.2f}: " + (f"{point['step']} steps, {point['student_tokens']:,} student tokens, "
+                                               f"{point['seconds']:.1f} s" if point else "not reached"))
 
 
 def print_race(summary):
@@ -578,8 +592,8 @@ def main(args=None):
     else:
         summary = distil(config, task, student, teacher, out_dir, config.method)
         print_examples(summary["examples"])
-        print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after; "
-              f"{summary['student_tokens']:,} student tokens, {summary['seconds']:.1f} s. The run is in {out_dir}")
+        print_run(summary)
+        print(f"\nEverything is in {out_dir}")
 
 
 if __name__ == "__main__":
