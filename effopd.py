@@ -1,4 +1,4 @@
-"""EffOPD in one file: the on-policy distillation losses and the step-size search.
+"""EffOPD in one file: the on-policy distillation losses, the step-size search, and what one can see of an update.
 
 On-policy distillation (OPD): the student π samples answers, the frozen teacher π* scores the same tokens,
 and the student is moved along the gradient of the reverse KL(π || π*) at the states it visits itself.
@@ -18,10 +18,13 @@ Where the paper is silent or says two things, this is what we chose:
   - Adam's moments are kept after a jump. Passing `optimizer` resets those of the moved weights.
   - the attention and MLP matrices move; embeddings, norms and biases do not (scope="attention+mlp").
   - all candidates of one search are scored under one random seed, the next search has another.
+  - module utility and the alignment of successive directions are logged with every search; they act only if asked to
+    (utility_gate, alignment_gate), since the paper's algorithm uses neither.
 """
 
 import math
 import random
+import re
 import time
 from contextlib import contextmanager
 
@@ -79,6 +82,25 @@ def reverse_kl_top_k(student_logits, teacher_logits, mask, k, num_tokens=None):
     return masked_mean((log_p.exp() * (log_p - log_q)).sum(-1), mask, num_tokens)
 
 
+def policy_gradient(logits, tokens, advantages, mask, num_tokens=None):
+    """Reinforcement learning's loss, mean over tokens of -A(y) log π(y_t): logits (B, T, V), tokens (B, T), A (B,).
+
+    With one update a rollout the ratio π/π_old is 1, so there is nothing to clip; no KL term either.
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]                   # (B, T)
+    return masked_mean(-advantages[:, None] * log_p, mask, num_tokens)
+
+
+def group_advantages(rewards, group_size, eps=1e-6):
+    """GRPO (arXiv:2402.03300): A = (r - mean) / (std + eps) among the answers to one prompt. rewards (B,) -> (B,).
+
+    Neighbours are a group: answers 0 .. group_size - 1 are to the first prompt. All right or all wrong: 0.
+    """
+    groups = rewards.float().view(-1, group_size)                                # (B / group_size, group_size)
+    spread = groups.std(dim=1, correction=0, keepdim=True)
+    return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + eps)).view(-1)
+
+
 def masked_mean(values, mask, num_tokens=None):
     """Σ of values where mask is set, over num_tokens. Values outside the mask may be anything, NaN included."""
     num_tokens = mask.sum() if num_tokens is None else num_tokens
@@ -112,13 +134,16 @@ class EffOPD:
     scope: "attention+mlp" or "mlp" matrices, or "all" trainable parameters.
     first_trigger: searches at this step and its doublings. every: also at each multiple of this (0: off).
     optimizer: its state for the moved weights is dropped after a jump (None: kept).
+    utility_gate: a jump leaves out the matrices whose utility (see `module_utility`) is not positive.
+    alignment_gate: no search where cos(Δ, the last search's Δ) is below this (None: always search).
     seed: of the random states that the candidates are scored under.
 
-    Costs two copies of the weights in scope while searching, one (W_prev) in between. ValueError for a wrong option.
+    Costs three copies of the weights in scope while searching, two (W_prev and Δ) in between. ValueError for a wrong
+    option, and from `step` if utility_gate finds no gradients.
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",
-                 first_trigger=1, every=0, optimizer=None, seed=0):
+                 first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None, seed=0):
         for name, value, allowed in [("accept", accept, ("gt", "ge")), ("candidates", candidates, ("linear", "doubling")),
                                      ("scope", scope, (*SCOPES, "all"))]:
             if value not in allowed:
@@ -131,12 +156,14 @@ class EffOPD:
         self.improves = (lambda new, old: new > old) if accept == "gt" else (lambda new, old: new >= old)
         self.multiples = [2 * k if candidates == "linear" else 2 ** k for k in range(1, num_candidates + 1)]
         self.first_trigger, self.every = first_trigger, every
+        self.utility_gate, self.alignment_gate = utility_gate, alignment_gate
         # named_parameters lists a tied matrix once, so it moves once.
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and (
             scope == "all" or p.ndim >= 2 and any(part in name.lower() for part in SCOPES[scope]))}
         if not self.parameters:
             raise ValueError(f"no trainable parameter of this model is in scope {scope!r}; use scope='all'")
         self.previous = self.copy_weights()                   # W_prev
+        self.delta = None                                     # Δ of the last search
         self.history = []                                     # the record of every search
 
     def copy_weights(self):
@@ -153,20 +180,30 @@ class EffOPD:
 
         The record: step; multiples and scores tried, W_t (multiple 0) first, None for a score that is not finite;
         accepted, the number of candidates accepted; multiple, the one kept (weights are now W_t + multiple * Δ);
-        stopped, why the search ended; delta_norm = ||Δ||_F; seconds.
+        stopped, why the search ended; delta_norm = ||Δ||_F; seconds; alignment = cos(Δ, the last search's Δ), None at
+        the first; utility of each parameter in scope, {} without gradients: call `step` before optimizer.zero_grad().
         """
         if not self.is_trigger(t):
             return None
         start = time.perf_counter()
         current = self.copy_weights()                         # W_t
+        delta = [now - before for now, before in zip(current, self.previous)]
+        gradients = {name: p.grad for name, p in self.parameters.items()}
+        utility = module_utility(gradients, dict(zip(self.parameters, delta)))
+        alignment = None if self.delta is None else cosine(delta, self.delta)
+        if self.utility_gate and not utility:
+            raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
+        moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
 
         def place(multiple):
-            for p, now, before in zip(self.parameters.values(), current, self.previous):
-                p.copy_(now + multiple * (now - before) if multiple else now)      # W_t + multiple * Δ
+            for p, now, before, moved in zip(self.parameters.values(), current, self.previous, moves):
+                p.copy_(now + multiple * (now - before) if multiple and moved else now)      # W_t + multiple * Δ
 
-        scores, kept, stopped = [], 0, "all candidates accepted"
+        scores, kept, stopped, search = [], 0, "all candidates accepted", [0, *self.multiples]
+        if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
+            stopped, search = "alignment below the gate", []
         try:
-            for k, multiple in enumerate([0, *self.multiples]):
+            for k, multiple in enumerate(search):
                 place(multiple)
                 if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), current[0].device) < 1:
                     scores.append(math.nan)
@@ -184,33 +221,38 @@ class EffOPD:
         except BaseException:                                 # whatever happened in validate, W_t survives it
             place(0)
             raise
-        tried = [0, *self.multiples][:len(scores)]
-        place(tried[kept])                                    # multiple 0 is a copy of W_t: bit for bit what it was
+        tried = search[:len(scores)]
+        reached = tried[kept] if tried else 0
+        place(reached)                                        # multiple 0 is a copy of W_t: bit for bit what it was
         if kept and self.optimizer is not None:
             for p in self.parameters.values():
                 self.optimizer.state.pop(p, None)
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
-            "accepted": kept, "multiple": tried[kept], "stopped": stopped,
-            "delta_norm": float(sum((now - before).float().square().sum()
-                                    for now, before in zip(current, self.previous)) ** 0.5),
-            "seconds": time.perf_counter() - start,
+            "accepted": kept, "multiple": reached, "stopped": stopped,
+            "delta_norm": float(sum(d.float().square().sum() for d in delta) ** 0.5),
+            "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
-        self.previous = self.copy_weights()                   # W_prev: after the jump
+        self.previous, self.delta = self.copy_weights(), delta               # W_prev: after the jump
         self.history.append(record)
         return record
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs: W_prev by name and the records of past searches."""
-        return {"previous": dict(zip(self.parameters, self.previous)), "history": list(self.history)}
+        """What a checkpoint needs: W_prev and the last Δ by name, and the records of past searches."""
+        return {"previous": dict(zip(self.parameters, self.previous)), "history": list(self.history),
+                "delta": None if self.delta is None else dict(zip(self.parameters, self.delta))}
 
     def load_state_dict(self, state: dict):
         """Take back what state_dict gave. ValueError if it belongs to another model or scope."""
         shapes = {name: tuple(w.shape) for name, w in state["previous"].items()}
         if shapes != {name: tuple(p.shape) for name, p in self.parameters.items()}:
             raise ValueError("this EffOPD state was saved for other parameters: check the model and the scope")
-        self.previous = [state["previous"][name].to(p.device, p.dtype, copy=True) for name, p in self.parameters.items()]
-        self.history = list(state["history"])
+
+        def mine(tensors):
+            return [tensors[name].to(p.device, p.dtype, copy=True) for name, p in self.parameters.items()]
+
+        self.previous, self.history = mine(state["previous"]), list(state["history"])
+        self.delta = None if state["delta"] is None else mine(state["delta"])
 
 
 def mean_over_ranks(value, device) -> float:
@@ -239,3 +281,95 @@ def undisturbed(model, seed: int):
                 module.training = training
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What one can see of an update: where it is useful, how concentrated it is, where it points. PAPER: sections 3 and 4.
+
+def module_utility(gradients: dict, deltas: dict) -> dict:
+    """First-order utility of each parameter's update, -<∇L, Δ_m> / ||Δ_m||_F: the loss it takes off per unit of norm.
+
+    gradients and deltas: tensors by name; a name whose gradient is None is left out, an update of norm 0 is worth 0.
+    A float by name, in units of the loss over those of the weights (of the clipped loss, after gradient clipping).
+    """
+    return {name: -dot(g, deltas[name]) / max(dot(deltas[name], deltas[name]) ** 0.5, 1e-30)
+            for name, g in gradients.items() if g is not None}
+
+
+def cosine(a: list, b: list) -> float:
+    """Cosine between two updates, lists of tensors taken as one long vector each; 0 where one of them is 0."""
+    norms = math.prod(sum(dot(x, x) for x in update) ** 0.5 for update in (a, b))
+    return sum(map(dot, a, b)) / norms if norms else 0.0
+
+
+def dot(a, b) -> float:
+    """<a, b> in float32; element by element and then a sum, so sharded tensors (DTensor) need not be gathered."""
+    total = (a.float() * b.float()).sum()
+    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+
+
+def spectral_metrics(delta) -> dict:
+    """How concentrated an update ΔW = U Σ Vᵀ is. delta: the matrix (m, n), or its r = min(m, n) singular values (r,).
+
+    spectral_norm   σ1
+    spectral_ratio  σ1 / ||ΔW||_F, from 1/sqrt(r) to 1
+    effective_rank  exp(-Σ p log p) with p = σ / Σσ (of σ, not of σ²), from 1 to r
+    stable_rank     ||ΔW||_F² / σ1², from 1 to r
+    top1_ratio      ||the top ceil(r / 100) of σ|| / ||σ||, a ratio of norms (not of their squares)
+    Floats, all 0 for a zero matrix. ValueError for anything but finite numbers in one or two dimensions.
+    """
+    if delta.ndim not in (1, 2) or delta.numel() == 0 or not delta.isfinite().all():
+        raise ValueError(f"need a matrix or its singular values, all finite, got shape {tuple(delta.shape)}")
+    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    sigma = torch.linalg.svdvals(delta) if delta.ndim == 2 else delta
+    sigma = sigma.double().sort(descending=True).values                          # (r,)
+    if sigma[0] == 0:
+        return dict.fromkeys(("spectral_norm", "spectral_ratio", "effective_rank", "stable_rank", "top1_ratio"), 0.0)
+    norm, top = sigma.norm(), sigma[:math.ceil(len(sigma) / 100)]
+    return {"spectral_norm": sigma[0].item(), "spectral_ratio": (sigma[0] / norm).item(),
+            "effective_rank": torch.special.entr(sigma / sigma.sum()).sum().exp().item(),
+            "stable_rank": (norm / sigma[0]).square().item(), "top1_ratio": (top.norm() / norm).item()}
+
+
+def subspace_alignment(delta_a, delta_b, k, side="left") -> float:
+    """Mean squared cosine of the principal angles between two matrices' top-k singular subspaces: 0 to 1.
+
+    k: a number of directions, or several, whose results are averaged (the paper: range(1, 21)); more than min(m, n)
+    counts as min(m, n). side: "left" compares U (output directions), "right" V (input directions). Between random
+    m-dimensional subspaces it is k / m, not 0. ValueError for a zero matrix, other shapes or another side.
+    """
+    if side not in ("left", "right") or delta_a.ndim != 2 or delta_a.shape != delta_b.shape:
+        raise ValueError(f"side must be left or right, shapes equal: got {side!r}, {tuple(delta_a.shape)} and "
+                         f"{tuple(delta_b.shape)}")
+    if not (delta_a.any() and delta_b.any()):
+        raise ValueError("a zero matrix has no leading directions")
+    bases = []
+    for delta in (delta_a, delta_b):
+        U, _, Vh = torch.linalg.svd(delta.to(torch.promote_types(delta.dtype, torch.float32)), full_matrices=False)
+        bases.append(U if side == "left" else Vh.T)                              # (m or n, r)
+    return basis_alignment(*bases, k)
+
+
+def basis_alignment(basis_a, basis_b, k) -> float:
+    """`subspace_alignment` of singular vectors that are at hand: orthonormal columns (m, r), leading ones first."""
+    ks = [min(i, basis_a.shape[1]) for i in ([k] if isinstance(k, int) else k)]
+    squared = (basis_a[:, :max(ks)].T @ basis_b[:, :max(ks)]).double().square()  # (k, k)
+    return sum(squared[:i, :i].sum().item() / i for i in ks) / len(ks)           # ||U_k(a)ᵀ U_k(b)||_F² / k
+
+
+def module_of(name: str) -> tuple[int | None, str]:
+    """Layer and kind of a Hugging Face parameter name: "model.layers.3.mlp.up_proj.weight" -> (3, "up").
+
+    Kinds: q, k, v, o, gate, up, down, embedding, head, norm, bias; for any other, the name's last part. The layer is
+    None outside the blocks.
+    """
+    layer = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
+    owner, _, kind = name.rpartition(".")
+    last = owner.rpartition(".")[2] if kind in ("weight", "bias") else kind
+    if kind == "bias":
+        module = "bias"
+    elif "norm" in last:
+        module = "norm"
+    else:
+        module = {"embed_tokens": "embedding", "lm_head": "head"}.get(last, last.removesuffix("_proj"))
+    return (int(layer[1]) if layer else None), module

@@ -4,6 +4,7 @@
     python train.py --method effopd --device cuda      # one run, on a GPU
     python train.py --preset gpu                       # a 25 M student on longer chains, for a GPU of 8 GB
     python train.py --method opd --lr 1e-3             # OPD at its best learning rate
+    python train.py --method rl --lr 3e-4              # reinforcement learning (GRPO) on right or wrong; also sft
     python train.py --gap skill                        # a student that lacks the skill: where foresight fails
     python train.py --help                             # every setting
 
@@ -39,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from effopd import EffOPD, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from effopd import EffOPD, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
 from model import GPT, GPTConfig
 
 
@@ -53,7 +54,7 @@ def setting(default, help):
 @dataclass
 class Run:
     _argument_group_name = "the run"
-    method: Literal["race", "opd", "effopd"] = setting("race", "race: OPD, the paper's EffOPD and EffOPD with batch KL and doubling candidates, one after the other")
+    method: Literal["race", "opd", "effopd", "rl", "sft"] = setting("race", "race: OPD, the paper's EffOPD and EffOPD with batch KL and doubling candidates, one after the other; rl: GRPO, the reward is 1 for a right answer; sft: cross-entropy on the teacher's answers")
     preset: Literal["laptop", "gpu"] = setting("laptop", "defaults for everything below; gpu: a 25 M student, two-digit chains of 8 operations")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a CUDA GPU where there is one")
     seed: int = setting(0, "of the training problems, the rollouts and D_v; base, teacher and evaluation stay the same")
@@ -86,7 +87,8 @@ class Distillation:
     _argument_group_name = "distillation"
     steps: int = setting(40, "optimiser steps")
     lr: float = setting(1e-4, "learning rate, constant")
-    batch_size: int = setting(128, "prompts a step, one rollout each")
+    batch_size: int = setting(128, "rollouts a step, one a prompt (--method rl: group_size a prompt)")
+    group_size: int = setting(8, "answers to one prompt, compared with each other (--method rl)")
     loss: Literal["full", "sampled", "sequence", "top_k"] = setting("full", "reverse KL over the full vocabulary; on the sampled tokens (discount 0: the paper's); its exact sequence gradient (discount 1); over the student's top k and a tail bucket")
     top_k: int = setting(4, "k of --loss top_k")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
@@ -106,6 +108,8 @@ class Search:
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
     reset_moments: bool = setting(False, "forget Adam's moments of the moved weights after a jump")
+    utility_gate: bool = setting(False, "leave out of a jump the matrices whose first-order utility is not positive")
+    alignment_gate: float = setting(-1.0, "no search where cos(Δ, the last search's Δ) is below this (-1: off)")
 
 
 @dataclass
@@ -115,13 +119,19 @@ class Config(Run, Models, Distillation, Search):
     def __post_init__(self):
         for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr", "batch_size",
-                     "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates", "dv_size", "first_trigger"):
+                     "group_size", "top_k", "max_grad_norm",
+                     "eval_every", "eval_size", "num_candidates", "dv_size", "first_trigger"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
         if self.digits not in (1, 2):
             raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
         if not 0 <= self.slip < 1:
             raise ValueError(f"--slip is a probability below 1, got {self.slip}")
+        if self.method == "rl" and (self.group_size == 1 or self.batch_size % self.group_size):
+            raise ValueError(f"--group_size must be 2 or more and divide --batch_size ({self.batch_size}), "
+                             f"got {self.group_size}")
+        if not -1 <= self.alignment_gate <= 1:
+            raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {self.alignment_gate}")
         if self.search_every < 0:
             raise ValueError(f"--search_every must be 0 (off) or more, got {self.search_every}")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -370,7 +380,13 @@ class Score:
 # ----------------------------------------------------------------------------------------------------------------
 # The training loop.
 
-def distillation_loss(config, student_logits, teacher_logits, batch):
+def loss_of(config, student_logits, teacher_logits, batch, rewards):
+    """What --method and --loss minimise. rewards (B,): 1.0 for a right answer, else 0.0."""
+    if config.method == "rl":
+        advantages = group_advantages(rewards, config.group_size)                          # (B,)
+        return policy_gradient(student_logits, batch.ids[:, 1:], advantages, batch.mask)
+    if config.method == "sft":                                # forward KL(π* || π) up to a constant, one sample
+        return F.cross_entropy(student_logits[batch.mask], batch.ids[:, 1:][batch.mask])
     if config.loss == "full":
         return reverse_kl(student_logits, teacher_logits, batch.mask)
     if config.loss == "top_k":
@@ -391,7 +407,9 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
     if config.method == "effopd":
         effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
                         num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
-                        every=config.search_every, optimizer=optimizer if config.reset_moments else None)
+                        every=config.search_every, optimizer=optimizer if config.reset_moments else None,
+                        utility_gate=config.utility_gate,
+                        alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
     out_dir.mkdir(parents=True)
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
@@ -402,17 +420,18 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
     bar = tqdm(range(1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True)
     for step in bar:
         start = time.perf_counter()
-        problems = task.problems(config.batch_size, rng, exclude)
-        answers = answer(student, task, problems, generator)                               # y ~ π
+        copies = config.group_size if config.method == "rl" else 1
+        problems = [p for p in task.problems(config.batch_size // copies, rng, exclude) for _ in range(copies)]
+        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)  # y ~ π (sft: π*)
         batch = pack([task.encode(p) for p in problems], answers, student.device)
         with torch.no_grad():
-            teacher_logits = teacher(batch.ids[:, :-1])                                    # (B, T-1, V)
+            teacher_logits = teacher(batch.ids[:, :-1])       # (B, T-1, V); rl and sft: only for the kl in the log
         student_logits = student(batch.ids[:, :-1])                                        # (B, T-1, V)
-        loss = distillation_loss(config, student_logits, teacher_logits, batch)
+        rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])
+        loss = loss_of(config, student_logits, teacher_logits, batch, rewards.to(student.device))
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
         kl = reverse_kl(student_logits.detach(), teacher_logits, batch.mask).item()
         seconds += time.perf_counter() - start
 
@@ -427,10 +446,11 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
                 searches.append(search | {"tokens": score.tokens - tokens_before})
                 append_json(out_dir / "search.jsonl", searches[-1])
             seconds += time.perf_counter() - start
+        optimizer.zero_grad()                                 # after the search, which reads the gradients
 
         student_tokens += sum(map(len, answers))
-        line = dict(step=step, loss=loss.item(), kl=kl, grad_norm=grad_norm.item(), lr=config.lr,
-                    student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
+        line = dict(step=step, loss=loss.item(), kl=kl, reward=rewards.mean().item(), grad_norm=grad_norm.item(),
+                    lr=config.lr, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
         if step % config.eval_every == 0 or step == config.steps:
             line["accuracy"], after = evaluate(student, task, held_out)
             curve.append(dict(step=step, accuracy=line["accuracy"], student_tokens=student_tokens + score.tokens,
