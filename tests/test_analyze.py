@@ -1,0 +1,420 @@
+"""The metrics against NumPy and by hand, the interventions at their limits, and analyze.py once from end to end."""
+
+import json
+import math
+import random
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import analyze
+from analyze import Checkpoint, add, cosines, low_rank, matrices, principal_components, read_weights, rescaled, window
+from effopd import module_of, module_utility, spectral_metrics, subspace_alignment
+from model import GPT, GPTConfig
+from train import Chains, Config, distil, make_models
+
+TOY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_ops=1, base_steps=4,
+           teacher_steps=2, base_batch_size=8, steps=5, batch_size=6, group_size=3, eval_size=10, dv_size=5, device="cpu",
+           lr=1e-2)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Spectra.
+
+@pytest.mark.parametrize("shape", [(7, 7), (30, 12), (12, 30), (150, 220), (1, 5)])
+def test_spectral_metrics_equal_numpy(shape):
+    delta = randn(*shape)
+    s = np.linalg.svd(delta.double().numpy(), compute_uv=False)
+    p, k = s / s.sum(), math.ceil(len(s) / 100)
+    expected = dict(spectral_norm=s[0], spectral_ratio=s[0] / np.sqrt((s ** 2).sum()), effective_rank=np.exp(-(p * np.log(p)).sum()),
+                    stable_rank=(s ** 2).sum() / s[0] ** 2, top1_ratio=np.sqrt((s[:k] ** 2).sum() / (s ** 2).sum()))
+    for argument in (delta, torch.from_numpy(s), torch.from_numpy(s).flip(0)):
+        assert spectral_metrics(argument) == pytest.approx(expected, rel=1e-5)
+    assert (k == 2) == (shape == (150, 220))                  # so that "top 1%" is not always the first alone
+
+
+def test_spectral_metrics_by_hand():
+    """Effective rank of σ, not σ²; the top-1% ratio of norms, not of energies: pitfall 24."""
+    assert spectral_metrics(torch.diag(torch.tensor([3.0, -4.0]))) == pytest.approx(dict(
+        spectral_norm=4, spectral_ratio=4 / 5, stable_rank=25 / 16, top1_ratio=4 / 5,
+        effective_rank=math.exp(-4 / 7 * math.log(4 / 7) - 3 / 7 * math.log(3 / 7))), rel=1e-6)
+    assert spectral_metrics(2 * torch.eye(9)) == pytest.approx(dict(
+        spectral_norm=2, spectral_ratio=1 / 3, stable_rank=9, top1_ratio=1 / 3, effective_rank=9), rel=1e-6)
+    one = spectral_metrics(torch.outer(randn(5), randn(8)))
+    assert [one[m] for m in ("spectral_ratio", "effective_rank", "stable_rank", "top1_ratio")] == pytest.approx([1] * 4, abs=1e-5)
+    spread = torch.zeros(250)
+    spread[:4] = torch.tensor([2.0, 2.0, 1.0, 4.0])           # ceil(250 / 100) = 3: 4, 2, 2 of 4, 2, 2, 1
+    assert spectral_metrics(spread)["top1_ratio"] == pytest.approx(math.sqrt(24 / 25))
+    assert set(spectral_metrics(torch.zeros(3, 3)).values()) == {0.0}
+    bf16 = randn(20, 20).bfloat16()
+    assert spectral_metrics(bf16) == pytest.approx(spectral_metrics(bf16.float()), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 2), torch.tensor(1.0), torch.full((2, 2), math.nan), torch.zeros(0, 3)])
+def test_no_spectrum(wrong):
+    with pytest.raises(ValueError, match="finite"):
+        spectral_metrics(wrong)
+
+
+def test_the_gaussian_null_is_the_quarter_circle():
+    """Singular values of a square Gaussian fill 0 .. 2 sqrt(r): σ1/||·||_F = 2/sqrt(r), and no low rank."""
+    sigma = analyze.gaussian_sigma((300, 300))
+    metrics = spectral_metrics(sigma)
+    assert sigma.norm().item() == pytest.approx(1) and metrics["spectral_ratio"] == pytest.approx(2 / 300 ** 0.5, rel=0.05)
+    assert 0.7 * 300 < metrics["effective_rank"] < 0.9 * 300 and metrics["stable_rank"] == pytest.approx(75, rel=0.1)
+
+
+# Subspaces.
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("k", [1, 3, 12, range(1, 21), [2, 5]])
+def test_subspace_alignment_equals_numpy(k, side):
+    a, b = randn(30, 12), randn(30, 12, seed=1) + 0.5 * randn(30, 12)
+    if side == "right":
+        a, b = a.T, b.T
+    U_a, U_b = (np.linalg.svd(x.double().numpy() if side == "left" else x.double().numpy().T)[0] for x in (a, b))
+    expected = []
+    for i in [k] if isinstance(k, int) else k:
+        angles = np.linalg.svd(U_a[:, :min(i, 12)].T @ U_b[:, :min(i, 12)], compute_uv=False)   # cosines of principal angles
+        expected.append((angles ** 2).mean())
+    assert subspace_alignment(a, b, k, side) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert subspace_alignment(b, a, k, side) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_subspace_alignment_by_hand():
+    e = torch.eye(4)
+    a, turned = torch.outer(e[0], e[0]), torch.outer(e[0], e[1])
+    assert subspace_alignment(a, turned, 1, "left") == 1 and subspace_alignment(a, turned, 1, "right") == 0
+    angle = 0.3
+    c, s = math.cos(angle), math.sin(angle)
+    rotation = torch.tensor([[c, -s], [s, c]])
+    d = torch.diag(torch.tensor([2.0, 1.0]))
+    assert subspace_alignment(d, rotation @ d, 1) == pytest.approx(c * c, abs=1e-6)
+    assert subspace_alignment(d, rotation @ d, 2) == pytest.approx(1, abs=1e-6)
+    assert subspace_alignment(d, rotation @ d, 1, "right") == pytest.approx(1, abs=1e-6)
+    update = randn(20, 9)
+    assert subspace_alignment(update, 3 * update, range(1, 21)) == pytest.approx(1, abs=1e-5)      # with itself
+    random_pairs = np.mean([subspace_alignment(randn(40, 40, seed=i), randn(40, 40, seed=99 + i), 10) for i in range(20)])
+    assert random_pairs == pytest.approx(10 / 40, rel=0.1)    # not 0: why a null belongs beside it
+
+
+@pytest.mark.parametrize("a, b, side, words", [
+    (torch.eye(2), torch.eye(3), "left", "shapes"), (torch.eye(2), torch.eye(2), "top", "side"),
+    (torch.eye(2), torch.zeros(2, 2), "left", "zero matrix"), (torch.ones(2), torch.ones(2), "left", "shapes")])
+def test_no_alignment(a, b, side, words):
+    with pytest.raises(ValueError, match=words):
+        subspace_alignment(a, b, 1, side)
+
+
+def test_a_random_walk_aligns_more_and_more_with_its_end():
+    """Pitfall 25. Its cosine to the end is sqrt(t / T), to the way not yet gone 0; its subspaces rise to 1."""
+    steps = (1, 4, 16, 64)
+    weights = analyze.Weights({}, {"w": None}, [], {"w": (60, 50)})
+    walk = analyze.walk_alignment(weights, steps)             # (t, 20)
+    assert (np.diff(walk.mean(1)) > 0).all() and walk[-1] == pytest.approx(1, abs=1e-4)
+    assert walk[0, 19] == pytest.approx(20 * (1 / 60 + 1 / 50) / 2, abs=0.1)     # one step of 64: nearly nothing but chance
+    path = torch.cumsum(randn(64, 20_000), 0)[[t - 1 for t in steps]].double()
+    gram = path @ path.T
+    for i, t in enumerate(steps):
+        end, rest = cosines(gram, i, 3)
+        assert end == pytest.approx((t / 64) ** 0.5, abs=0.03) and abs(rest) < 0.03
+    assert cosines(torch.ones(2, 2).double(), 0, 1) == (1, 0)                    # already there
+
+
+def test_principal_components_equal_numpys():
+    points = randn(6, 40).double()
+    coordinates, variance = principal_components(points @ points.T)
+    U, s, _ = np.linalg.svd((points - points.mean(0)).numpy(), full_matrices=False)
+    assert variance[:5].tolist() == pytest.approx(s[:5] ** 2 / (s ** 2).sum(), rel=1e-6)
+    assert coordinates[:, 0].abs().tolist() == pytest.approx(abs(U[:, 0] * s[0]), rel=1e-6)
+    line = torch.outer(torch.arange(4.0), randn(9)).double()
+    assert principal_components(line @ line.T)[1][0].item() == pytest.approx(1)
+
+
+# Modules and their utility.
+
+@pytest.mark.parametrize("name, expected", [
+    ("model.layers.3.self_attn.q_proj.weight", (3, "q")), ("model.layers.3.self_attn.k_proj.bias", (3, "bias")),
+    ("model.layers.12.self_attn.v_proj.weight", (12, "v")), ("model.layers.0.self_attn.o_proj.weight", (0, "o")),
+    ("model.layers.1.mlp.gate_proj.weight", (1, "gate")), ("_orig_mod.model.layers.1.mlp.up_proj.weight", (1, "up")),
+    ("layers.1.mlp.down_proj.weight", (1, "down")), ("model.layers.1.input_layernorm.weight", (1, "norm")),
+    ("model.layers.1.post_attention_layernorm.weight", (1, "norm")), ("model.layers.1.self_attn.q_norm.weight", (1, "norm")),
+    ("model.norm.weight", (None, "norm")), ("model.embed_tokens.weight", (None, "embedding")),
+    ("lm_head.weight", (None, "head")), ("transformer.h.4.attn.c_attn.weight", (4, "c_attn"))])
+def test_module_of(name, expected):
+    assert module_of(name) == expected
+
+
+def test_utility_is_the_loss_taken_off_per_unit_of_norm():
+    w = randn(4, 3).double().requires_grad_()
+    loss = lambda w: (w.sin() * torch.arange(12.0).view(4, 3)).sum()
+    loss(w).backward()
+    g, sideways = w.grad, torch.zeros(4, 3).double()
+    sideways[0, 0], sideways[0, 1] = g[0, 1], -g[0, 0]
+    worth = module_utility(dict(down=g, up=g, aside=sideways, still=g, none=None),
+                           dict(down=-0.1 * g, up=3 * g, aside=g, still=0 * g, none=g))
+    size = g.norm().item()
+    assert worth == pytest.approx(dict(down=size, up=-size, aside=0, still=0), rel=1e-6, abs=1e-6)
+    step = 1e-4 * randn(4, 3, seed=2).double()                # any small step, against the loss itself
+    gained = (loss(w) - loss(w + step)).item() / step.norm().item()
+    assert module_utility(dict(w=g), dict(w=step))["w"] == pytest.approx(gained, rel=1e-2)
+
+
+# Reading.
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tied base and two later selves on disk, and their state dicts."""
+    folder, states = tmp_path_factory.mktemp("pair"), []
+    model = GPT(GPTConfig(11, 16, 24, 2, 2))
+    for i, name in enumerate(("base", "step_000004", "final")):
+        with torch.no_grad():
+            for n, p in enumerate(model.parameters()):
+                p.add_(0.01 * randn(*p.shape, seed=100 * i + n) if i else 0)
+        model.save_pretrained(folder / name)
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return folder, states
+
+
+def test_gram_norms_and_svd_are_those_of_the_update(pair):
+    folder, (base, *later) = pair
+    weights = read_weights(Checkpoint(folder / "base"), [Checkpoint(folder / n) for n in ("step_000004", "final")], whole={1})
+    assert set(weights.gram) == set(base) and "lm_head.weight" not in weights.gram     # tied: one entry, pitfall 22
+    for name, gram in weights.gram.items():
+        flat = np.stack([(state[name] - base[name]).double().numpy().ravel() for state in later])
+        assert gram.numpy() == pytest.approx(flat @ flat.T, rel=1e-5)
+    assert set(weights.svd) == {n for n, p in base.items() if p.ndim == 2 and "layers" in n} and len(weights.svd) == 14
+    for name, (_, (U, sigma, Vh)) in weights.svd.items():
+        torch.testing.assert_close(U * sigma @ Vh, later[1][name] - base[name], atol=1e-6, rtol=0)
+    shares = analyze.norm_shares(weights, 1)
+    assert sum(shares.values()) == pytest.approx(1) and shares["1 norm"] > 0 and len(shares) == 2 * 8 + 2
+    e, f = base["model.embed_tokens.weight"], later[1]["model.embed_tokens.weight"]
+    expected = np.mean([float(x @ y / (x.norm() * y.norm())) for x, y in zip(e, f)])
+    assert weights.embedding_cosine[1] == pytest.approx(expected, abs=1e-5)
+    assert analyze.alignment(weights, 1, 1) == pytest.approx(np.ones(20), abs=1e-5)    # a checkpoint with itself
+    assert (analyze.alignment(weights, 0, 1)[:3] < 0.99).all()
+
+
+def test_rows_in_blocks_shards_and_stored_heads_change_nothing(pair, tmp_path, monkeypatch):
+    folder, (base, _, final) = pair
+    whole = read_weights(Checkpoint(folder / "base"), [Checkpoint(folder / "final")])
+    state = load_file(folder / "final" / "model.safetensors")
+    names = sorted(state)
+    save_file({n: state[n] for n in names[:5]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({n: state[n] for n in names[5:]} | {"lm_head.weight": state["model.embed_tokens.weight"].clone()},
+              tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "config.json").write_text((folder / "final" / "config.json").read_text())
+    real = Checkpoint.read
+    heights = []
+
+    def read(self, name, start=0, stop=None):
+        heights.append((start, stop))
+        return real(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(analyze, "BLOCK", 64)                 # numbers at a time
+    blocks = read_weights(Checkpoint(folder / "base"), [Checkpoint(tmp_path)])
+    assert max(start for start, _ in heights) > 0 and set(whole.gram) == set(blocks.gram)
+    assert all(torch.allclose(whole.gram[n], blocks.gram[n], rtol=1e-6) for n in whole.gram)
+    assert whole.embedding_cosine == pytest.approx(blocks.embedding_cosine)
+
+
+def test_bf16_checkpoints_come_with_a_warning(pair, tmp_path, capsys):
+    """Pitfall 23: rounding to bf16 turns a small update into another one."""
+    folder, (base, *_) = pair
+    read_weights(Checkpoint(folder / "base"), [Checkpoint(folder / "final")])
+    assert "warning" not in capsys.readouterr().err
+    model = GPT.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    read_weights(Checkpoint(folder / "base"), [Checkpoint(tmp_path)])
+    assert "float32 checkpoints" in capsys.readouterr().err
+
+
+def test_rows_that_did_not_move_are_left_out_of_the_embedding_cosine(pair, tmp_path):
+    folder, (base, *_) = pair
+    state = load_file(folder / "base" / "model.safetensors")
+    state["model.embed_tokens.weight"][3] *= -1
+    save_file(state, tmp_path / "model.safetensors")
+    weights = read_weights(Checkpoint(folder / "base"), [Checkpoint(tmp_path), Checkpoint(folder / "base")])
+    assert weights.embedding_cosine == pytest.approx([-1.0, 1.0])                # the second moved no row at all
+
+
+# Interventions.
+
+@pytest.fixture(scope="module")
+def update(pair):
+    _, (base, _, final) = pair
+    return base, {name: final[name] - base[name] for name in base}
+
+
+def close(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=0)
+
+
+def test_windows_partition_and_at_full_width_are_the_whole_update(update):
+    base, delta = update
+    for layer in (0, 1):
+        close(window(delta, layer, 1, "mlp") | window(delta, layer, 1, "attention"), matrices(delta))
+        assert len(window(delta, layer, 0, "mlp")) == 3 and len(window(delta, layer, 0, "attention")) == 4
+        assert all(f"layers.{layer}.mlp" in name for name in window(delta, layer, 0, "mlp"))
+    trained = add(base, window(delta, 0, 2, "mlp") | window(delta, 0, 2, "attention"))
+    for name, w in trained.items():
+        torch.testing.assert_close(w, base[name] + delta[name] if "proj" in name else base[name])
+    assert [analyze.window_width(layers) for layers in (1, 3, 8, 36)] == [0, 0, 1, 8]     # the paper: 8 of 28 to 48
+
+
+def test_low_rank_parts(update):
+    _, delta = update
+    delta = matrices(delta)
+    svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in delta.items()}
+    close(low_rank(svds, 100, "top"), delta)
+    close(low_rank(svds, 100, "bottom"), delta)
+    close(add(low_rank(svds, 50, "top"), low_rank(svds, 50, "bottom")), delta)   # 8 of 16 directions and the other 8
+    for name, d in low_rank(svds, 25, "top").items():
+        s = torch.linalg.svdvals(d)
+        torch.testing.assert_close(s[:4], svds[name][1][:4], atol=1e-6, rtol=0)
+        assert s[4] < 1e-6 and torch.linalg.matrix_rank(low_rank(svds, 1, "bottom")[name]) == 1
+    assert analyze.frobenius(analyze.scaled_to(delta, 7.0)) == pytest.approx(7, rel=1e-5)
+
+
+def test_an_early_update_rescaled(update):
+    _, final = update
+    early = {name: (0.1 + i) * randn(*d.shape, seed=i) for i, (name, d) in enumerate(final.items())}
+    early["model.norm.weight"].zero_()
+    close(rescaled(early, final, 0.0), early)
+    for name, d in rescaled(early, final, 1.0).items():       # module by module, in the early direction
+        if early[name].any():
+            assert d.norm().item() == pytest.approx(final[name].norm().item(), rel=1e-4)
+            assert torch.cosine_similarity(d.flatten(), early[name].flatten(), 0).item() == pytest.approx(1, abs=1e-5)
+        else:
+            assert not d.any()
+    half = rescaled(dict(w=torch.tensor([[2.0]])), dict(w=torch.tensor([[-6.0]])), 0.5)
+    assert half["w"].item() == 4.0                            # 2 (1 + 0.5 (6 / 2 - 1))
+
+
+def test_interventions_start_and_end_where_they_should(update):
+    base, delta = update
+    svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in matrices(delta).items()}
+    halves = {name: d / 2 for name, d in delta.items()}
+    jobs = analyze.interventions(base, [halves, delta], svds, (1, 10), 0.5, num_layers=2)
+    trained = add(base, delta)
+    close(jobs["alpha", 1.0](), trained)
+    close(jobs["step", 1](), add(base, halves))
+    close(jobs["early", 1, 0.0](), add(base, halves))
+    close(jobs["early", 1, 1.0](), trained)                   # half the update has its direction
+    close(jobs["bottom", 100](), add(base, matrices(delta)))
+    close(add(jobs["leave out", "mlp", 1](), window(delta, 1, 0, "mlp")), trained)
+    close(jobs["inject", "attention", 0](), add(base, window(delta, 0, 0, "attention")))
+    back = jobs["embeddings back"]()
+    assert torch.equal(back["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    back["model.embed_tokens.weight"] = trained["model.embed_tokens.weight"]
+    close(back, trained)
+    for k in (1, 100):
+        moved = {name: w - base[name] for name, w in jobs["top", k]().items()}
+        assert analyze.frobenius(moved) == pytest.approx(0.5, rel=1e-4)          # one norm for every k and method
+    assert analyze.early_index((1, 2, 4, 8, 40)) == 2 and analyze.early_index((1,)) == 0
+
+
+def test_statistics_by_hand():
+    assert analyze.interval([2.0]) == {"mean": 2.0, "half": None, "n": 1} and analyze.interval([None]) is None
+    three = analyze.interval([1.0, 2.0, None, 3.0])           # sd 1, t(2) = 4.303, sqrt(3)
+    assert three["mean"] == 2 and three["n"] == 3 and three["half"] == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
+    assert analyze.crossing([0, 1, 2], [0.4, 0.6, 0.8], 0.7) == pytest.approx(1.5)
+    assert analyze.crossing([0, 1], [0.4, 0.6], 0.7) is None
+
+
+# From end to end.
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for method, seed in [("opd", 0), ("opd", 1), ("effopd", 0), ("rl", 0)]:
+        config = Config(**TOY, method=method, seed=seed, score="batch_kl", cache_dir=str(home / "cache"))
+        task = Chains(config.num_ops, config.digits)
+        student, teacher = make_models(config, task)
+        distil(config, task, student, teacher, home / "runs" / f"{method}-s{seed}", method)
+    return home
+
+
+def test_everything_from_four_runs(runs, capsys):
+    out = runs / "analysis"
+    analyze.main([*(str(runs / "runs" / r) for r in ("opd-s0", "opd-s1", "effopd-s0", "rl-s0")), "--out_dir", str(out),
+                  "--problems", "20"])
+    said = capsys.readouterr().out
+    assert said.count("paper says") == said.count("these runs") == 9
+    results = json.loads((out / "analysis.json").read_text(), parse_constant=lambda s: pytest.fail(f"{s} in the JSON"))
+    assert set(results["compared"]) == {"end", "equal steps", "equal accuracy", "equal norm"}
+    for number in range(1, 10):
+        (figure,) = out.glob(f"{number}_*.png")
+        height, width, _ = matplotlib.image.imread(figure).shape
+        assert width >= 900 and height >= 300
+    norms = results["norm_scaling"]["norm"]
+    assert list(norms) == ["OPD", "EffOPD batch_kl", "RL"]
+    assert norms["OPD"]["n"] == 2 and norms["OPD"]["half"] > 0 and norms["RL"]["half"] is None
+    delta = [load_file(runs / "runs" / "rl-s0" / "checkpoints" / c / "model.safetensors") for c in ("final", "step_000000")]
+    assert norms["RL"]["mean"] == pytest.approx(sum((w - delta[1][n]).square().sum().item() for n, w in delta[0].items()) ** 0.5,
+                                                rel=1e-5)
+    aligned = results["directions"]["runs"][(runs / "runs" / "rl-s0").as_posix()]
+    assert aligned["steps"] == [1, 2, 4, 5] and aligned["alignment"][-1] == pytest.approx(1, abs=1e-4)
+    assert results["spectrum"]["end"]["effective_rank"]["mean"]["RL"]["mean"] < results["spectrum"]["mean_rank"] + 1e-6
+    base_accuracy = json.loads((runs / "runs" / "rl-s0" / "log.jsonl").read_text().splitlines()[-1])["accuracy"]
+    assert 0 <= base_accuracy <= 1
+
+
+def test_the_newest_run_of_each_method(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    newest = analyze.newest_runs()
+    assert [run.name for run in newest] == ["opd-s1", "effopd-s0", "rl-s0"]
+    said = capsys.readouterr().out
+    assert "python train.py --method sft" in said and "--method effopd" in said and "--method rl" not in said
+
+
+def test_weights_alone(pair, tmp_path, capsys):
+    folder, _ = pair
+    analyze.main(["--base", str(folder / "base"), "--checkpoints", str(folder / "step_000004"), str(folder / "final"),
+                  "--out_dir", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert {"update_norms", "embeddings", "spectrum", "directions", "paths"} < set(results)
+    assert "norm_scaling" not in results and capsys.readouterr().out.count("paper says") == 5
+    assert sorted(p.name[0] for p in (tmp_path / "out").glob("*.png")) == ["2", "4", "5", "6", "9"]
+    analyze.main(["--base", str(folder / "base"), "--checkpoints", str(folder / "final"), "--out_dir", str(tmp_path / "one")])
+    assert sorted(p.name[0] for p in (tmp_path / "one").glob("*.png")) == ["2", "4", "5"]      # no path from one point
+
+
+@pytest.mark.parametrize("args, words", [
+    (["nowhere"], "no directory nowhere"), (["--base", "nowhere", "--checkpoints", "also"], "no directory nowhere"),
+    (["--base", "empty"], "--checkpoints"), (["--checkpoints", "empty"], "--base"), (["empty", "--base", "a", "--checkpoints", "b"], "or"),
+    (["empty"], "no finished run"), (["--base", "empty", "--checkpoints", "empty"], "no model*.safetensors"),
+    (["--problems", "0"], "--problems"), (["--problems", "x"], "--problems"), (["--nonsense"], "--nonsense"), ([], "--method opd"),
+    (["--base", "small", "--checkpoints", "wide"], "is (11, 16) in small and (11, 32) in wide"),
+    (["--base", "small", "--checkpoints", "deep"], "missing in small"), (["unfinished"], "no finished run")])
+def test_bad_input_ends_in_one_line(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    for name, shape in (("small", (16, 24, 1, 2)), ("wide", (32, 24, 1, 2)), ("deep", (16, 24, 2, 2))):
+        GPT(GPTConfig(11, *shape)).save_pretrained(tmp_path / name)
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(args)
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code not in (0, None) and "\n" not in said and words in said and said.startswith("analyze.py: ")
+
+
+def test_runs_from_different_bases_are_not_compared(runs, tmp_path, capsys):
+    config = Config(**TOY, method="opd", cache_dir=str(runs / "cache"))
+    task = Chains(1, 1)
+    torch.manual_seed(1)
+    student = GPT(GPTConfig(17, 16, 24, 2, 2))
+    distil(config, task, student, make_models(config, task)[1], tmp_path / "other", "opd")
+    with pytest.raises(SystemExit):
+        analyze.main([str(runs / "runs" / "opd-s0"), str(tmp_path / "other"), "--out_dir", str(tmp_path / "out")])
+    assert "different weights" in capsys.readouterr().err
