@@ -285,6 +285,79 @@ def test_a_state_of_another_model_is_refused():
         EffOPD(awkward_net(), lambda m: 0.0).load_state_dict(state)
 
 
+class Two(nn.Module):
+    """Two matrices of one number: Δ is a vector of the plane."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        self.move_to(0.0, 0.0)
+
+    def move_to(self, *at, gradient=None):
+        for i, p in enumerate(self.parameters()):
+            nn.init.constant_(p, at[i])
+            p.grad = None if gradient is None else torch.full((1, 1), float(gradient[i]))
+
+    @property
+    def at(self):
+        return [p.item() for p in self.parameters()]
+
+
+def test_each_search_records_alignment_and_utility():
+    model = Two()
+    effopd = EffOPD(model, lambda m: 0.0)                     # accepts nothing
+    model.move_to(3.0, 0.0, gradient=(-2.0, 5.0))             # Δ = (3, 0)
+    record = effopd.step(1)
+    assert record["alignment"] is None and record["utility"] == pytest.approx({"attn.weight": 2.0, "mlp.weight": 0.0})
+    model.move_to(6.0, 4.0, gradient=(-2.0, 5.0))             # Δ = (3, 4)
+    record = effopd.step(2)
+    assert record["alignment"] == pytest.approx(3 / 5) and record["utility"] == pytest.approx({"attn.weight": 2.0, "mlp.weight": -5.0})
+    model.move_to(2.0, 7.0)                                   # Δ = (-4, 3), and the gradients are gone
+    record = effopd.step(4)
+    assert record["alignment"] == pytest.approx(0, abs=1e-7) and record["utility"] == {}
+    assert effopd.step(8)["alignment"] == 0 == effopd.step(16)["alignment"]      # Δ = 0 has no direction
+
+
+def test_utility_gate_leaves_out_what_is_not_useful():
+    model, seen = Two(), []
+    effopd = EffOPD(model, lambda m: seen.append(m.at) or len(seen), num_candidates=1, utility_gate=True)
+    model.move_to(1.0, 2.0, gradient=(-1.0, 1.0))             # the second went up the loss
+    effopd.step(1)
+    assert seen == [[1, 2], [3, 2]] and model.at == [3, 2]
+    model.move_to(4.0, 1.0, gradient=(-1.0, 1.0))             # Δ = (1, -1): both go down it
+    effopd.step(2)
+    assert model.at == [6, -1]
+    model.move_to(7.0, 0.0)
+    with pytest.raises(ValueError, match="zero_grad"):
+        effopd.step(4)
+    assert model.at == [7, 0]
+
+
+def test_alignment_gate_skips_the_search_and_remembers_the_way():
+    model, seen = Two(), []
+    effopd = EffOPD(model, lambda m: seen.append(m.at) or len(seen), num_candidates=1, alignment_gate=0.5)
+    model.move_to(1.0, 0.0)
+    assert effopd.step(1)["accepted"] == 1 and model.at == [3, 0]                # the first has nothing to be compared with
+    seen.clear()
+    model.move_to(3.0, 1.0)                                   # at a right angle
+    record = effopd.step(2)
+    assert not seen and model.at == [3, 1] and effopd.previous[1].item() == 1
+    assert (record["stopped"], record["accepted"], record["multiple"], record["scores"]) == ("alignment below the gate", 0, 0, [])
+    model.move_to(3.0, 2.0)                                   # on along the way of the search that was skipped
+    assert effopd.step(4)["alignment"] == 1 and model.at == [3, 4] and len(seen) == 2
+
+
+def test_a_resumed_search_knows_the_last_direction():
+    model = Two()
+    effopd = EffOPD(model, lambda m: 0.0)
+    model.move_to(1.0, 0.0)
+    effopd.step(1)
+    again = EffOPD(model, lambda m: 0.0)
+    again.load_state_dict(effopd.state_dict())
+    model.move_to(2.0, 1.0)
+    assert effopd.step(2)["alignment"] == again.step(2)["alignment"] == pytest.approx(0.5 ** 0.5)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("better", [False, True])
 def test_moments_are_dropped_only_after_a_jump_only_when_asked_only_of_what_moved(reset, better):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from effopd import reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from effopd import group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
 
 V, B, T = 7, 3, 5
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
@@ -143,3 +143,31 @@ def test_top_k_by_hand():
     student, teacher = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.25, 0.25])
     value = reverse_kl_top_k(student.log()[None, None], teacher.log()[None, None], torch.ones(1, 1), 1)
     assert value.item() == pytest.approx(0.7 * math.log(0.7 / 0.5) + 0.3 * math.log(0.3 / 0.5), abs=1e-6)
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0])
+    advantages = group_advantages(rewards, 4)
+    assert advantages[:4].tolist() == pytest.approx([3 ** 0.5] + [-(3 ** -0.5)] * 3, rel=1e-4)     # mean 1/4, sd sqrt(3)/4
+    assert advantages[4:8].tolist() == pytest.approx([1, 1, -1, -1], rel=1e-4)
+    assert not advantages[8:].any()                           # all right or all wrong teaches nothing
+
+
+def test_policy_gradient_by_hand():
+    """Gradient at a token: -A (onehot(y) - π) / number of tokens; none outside the mask."""
+    student = logits(0).requires_grad_()
+    tokens, advantages = torch.arange(B * T).view(B, T) % V, torch.tensor([2.0, -1.0, 0.0])
+    policy_gradient(student, tokens, advantages, MASK).backward()
+    p = F.softmax(student.detach(), -1)
+    expected = -advantages[:, None, None] * (F.one_hot(tokens, V) - p) * MASK[..., None] / 8
+    torch.testing.assert_close(student.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_expected_policy_gradient_is_the_gradient_of_the_expected_reward():
+    student, reward = logits(0, 1, 1, V).requires_grad_(), torch.arange(float(V)).square()
+    (F.softmax(student, -1)[0, 0] @ -reward.double()).backward()
+    exact, student.grad = student.grad, None
+    p = F.softmax(student.detach(), -1)[0, 0]
+    for y in range(V):                                        # a baseline, as the group's mean is, does not matter
+        (p[y] * policy_gradient(student, torch.tensor([[y]]), reward[y:y + 1] - 7.0, torch.ones(1, 1))).backward()
+    torch.testing.assert_close(student.grad, exact, atol=1e-5, rtol=1e-5)

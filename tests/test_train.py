@@ -231,6 +231,49 @@ def test_every_loss_brings_the_student_to_the_teacher(loss, toy, tmp_path):
     assert sum(kl[-5:]) < 0.5 * sum(kl[:5])
 
 
+def test_rl_compares_answers_to_one_prompt_and_sft_asks_the_teacher(toy, tmp_path, monkeypatch):
+    config, task, student, teacher = toy
+    asked, real = [], train.answer
+    monkeypatch.setattr(train, "answer", lambda m, t, problems, g=None: asked.append((m, problems)) or real(m, t, problems, g))
+    for method, size, model in (("rl", 3, student), ("sft", 1, teacher), ("opd", 1, student)):
+        asked.clear()
+        distil(dataclasses.replace(config, method=method, group_size=3, steps=1), task, student, teacher, tmp_path / method, method)
+        (rollouts,) = [(m, p) for m, p in asked if len(p) == config.batch_size]
+        assert rollouts[0] is model
+        groups = [rollouts[1][i:i + size] for i in range(0, 6, size)]
+        assert all(len(set(group)) == 1 for group in groups) and len(set(map(tuple, groups))) == 6 // size
+
+
+@pytest.mark.parametrize("method", ["rl", "sft"])
+def test_rl_is_rewarded_more_and_sft_comes_nearer_to_the_teacher(method, toy, tmp_path, monkeypatch):
+    config, task, student, teacher = toy
+    monkeypatch.setattr(Chains, "is_correct", lambda self, problem, answer: answer.startswith("7"))  # learnt in a few steps
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(3)
+    own = dataclasses.replace(config, method=method, steps=30, eval_every=30, batch_size=64, group_size=16, lr=1e-2)
+    distil(own, task, student, teacher, tmp_path / "run", method)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    mean = lambda key, lines: sum(line[key] for line in lines) / len(lines)
+    if method == "rl":
+        assert mean("reward", log[-5:]) > mean("reward", log[:5]) + 0.3
+    else:
+        assert mean("loss", log[-5:]) < mean("loss", log[:5]) - 0.1
+
+
+def test_searches_log_utility_and_alignment_and_the_gates_act(toy, tmp_path):
+    config, task, student, teacher = toy
+    for name, settings in (("off", {}), ("utility", dict(utility_gate=True)), ("alignment", dict(alignment_gate=1.0))):
+        torch.manual_seed(0)
+        own = dataclasses.replace(config, method="effopd", score="batch_kl", **settings)
+        distil(own, task, GPT(student.config), teacher, tmp_path / name, "toy")
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / "search.jsonl").read_text().splitlines()]
+    first, second = read("off")[:2]
+    assert len(first["utility"]) == 7 and any(first["utility"].values())         # the gradients were still there
+    assert first["alignment"] is None and -1 <= second["alignment"] <= 1
+    assert [r["stopped"] == "alignment below the gate" for r in read("alignment")] == [False, True, True]
+    assert [r["step"] for r in read("utility")] == [1, 2, 4]
+
+
 def test_checkpoints_are_from_before_the_jump_and_load_in_transformers(toy, tmp_path):
     config, task, student, teacher = toy
     own = dataclasses.replace(config, method="effopd", score="batch_kl", candidates="doubling", lr=1e-3)
@@ -301,7 +344,8 @@ def test_the_race_from_the_command_line(tmp_path):
     (["--student", "nowhere"], "no directory nowhere"), (["--teacher", "nowhere"], "no directory nowhere"),
     (["--digits", "3"], "--digits must be"), (["--slip", "1"], "--slip is"), (["--hidden_size", "90"], "--hidden_size must be"),
     (["--score", "batch_kl"], "--method effopd"), (["--nonsense", "1"], "--nonsense"), (["--search_every", "-1"], "--search_every"),
-    (["--preset", "huge"], "huge"),
+    (["--preset", "huge"], "huge"), (["--method", "rl", "--batch_size", "100"], "divide --batch_size (100)"),
+    (["--method", "rl", "--group_size", "1"], "--group_size must be"), (["--alignment_gate", "2"], "--alignment_gate is"),
 ])
 def test_bad_settings_end_in_one_line(args, words, capsys):
     with pytest.raises(SystemExit) as stopped:
