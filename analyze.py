@@ -243,14 +243,18 @@ def gaussian_sigma(shape, seed=0):
     return sigma / sigma.norm()
 
 
-def spectra(weights, i, gaussian) -> dict:
-    """5: every metric's mean and standard deviation over matrices, and the mean of Gaussian ones of equal norm.
+def sigmas(weights, i) -> dict:
+    """name: singular values (r,) of ΔW_i, of the matrices that moved."""
+    return {name: svds[i][1] for name, svds in weights.svd.items() if svds[i][1][0] > 0}
 
-    gaussian: shape -> `gaussian_sigma` of it.
+
+def spectra(weights, i, gaussian) -> dict:
+    """5: a metric's mean and standard deviation over matrices, and its mean over Gaussian ones of the same norms.
+
+    gaussian: name -> `gaussian_sigma` of the matrix's shape.
     """
-    moved = {name: svds[i][1] for name, svds in weights.svd.items() if svds[i][1][0] > 0}    # a frozen one has none
-    rows = [spectral_metrics(sigma) for sigma in moved.values()]
-    null = [spectral_metrics(gaussian[weights.shape[name]] * sigma.norm()) for name, sigma in moved.items()]
+    rows = [spectral_metrics(sigma) for sigma in sigmas(weights, i).values()]
+    null = [spectral_metrics(gaussian[name] * sigma.norm()) for name, sigma in sigmas(weights, i).items()]
     return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
                 "gaussian": float(np.mean([row[m] for row in null]))} for m in METRICS}
 
@@ -313,11 +317,16 @@ def window_width(num_layers) -> int:
     return max(0, round((0.45 * num_layers - 1) / 2))
 
 
-def low_rank(svds, percent, end) -> dict:
-    """7: the leading ("top") or trailing ("bottom") percent of every matrix's singular directions, at least one."""
+def directions_in(percent, sigma) -> int:
+    """So many percent of a matrix's singular directions, at least one."""
+    return max(1, round(percent / 100 * len(sigma)))
+
+
+def truncated(svds, percent, end) -> dict:
+    """7: the leading ("top") or trailing ("bottom") percent of every matrix's singular directions alone."""
     kept = {}
     for name, (U, sigma, Vh) in svds.items():
-        k = max(1, round(percent / 100 * len(sigma)))
+        k = directions_in(percent, sigma)
         part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
         kept[name] = U[:, part] * sigma[part] @ Vh[part]
     return kept
@@ -338,7 +347,7 @@ def scaled_to(update, size) -> dict:
 
 
 def interventions(base, deltas, svds, run, common_norm, num_layers) -> dict:
-    """{what: function that makes the weights to be measured}. deltas: ΔW as a dict, for each of the run's checkpoints."""
+    """{what: function that makes the weights to be measured}. deltas: ΔW as a dict, a checkpoint of the run each."""
     final, trained = deltas[-1], add(base, deltas[-1])
     jobs = {("alpha", alpha): lambda alpha=alpha: add(base, final, alpha) for alpha in ALPHAS[:-1]}
     jobs |= {("step", step): lambda delta=delta: add(base, delta) for step, delta in zip(run.steps, deltas)}
@@ -349,8 +358,8 @@ def interventions(base, deltas, svds, run, common_norm, num_layers) -> dict:
             jobs["leave out", part, layer] = lambda piece=piece: add(trained, piece, -1.0)
     jobs["embeddings back",] = lambda: {name: base[name] if module_of(name)[1] in ("embedding", "head") else w
                                         for name, w in trained.items()}
-    jobs |= {("top", k): lambda k=k: add(base, scaled_to(low_rank(svds, k, "top"), common_norm)) for k in TOP}
-    jobs |= {("bottom", k): lambda k=k: add(base, low_rank(svds, k, "bottom")) for k in BOTTOM}
+    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}
+    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
     jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(deltas[i], final, beta))
              for i in {0, run.early} for beta in BETAS}
     return jobs
@@ -384,7 +393,11 @@ class Study(NamedTuple):
 
     @property
     def groups(self) -> dict:
-        return {label: [run for run in self.runs if run.label == label] for label in dict.fromkeys(r.label for r in self.runs)}
+        """{label: its Runs}, in order."""
+        groups = {}
+        for run in self.runs:
+            groups.setdefault(run.label, []).append(run)
+        return groups
 
     def each(self, f) -> dict:
         """{label: mean and 95% interval over seeds of f(run)}; None where f has no answer."""
@@ -393,6 +406,10 @@ class Study(NamedTuple):
     def every(self, f) -> dict:
         """{directory: f(run)}, for analysis.json."""
         return {run.directory.as_posix(): f(run) for run in self.runs}
+
+    def compared(self, f) -> dict:
+        """{"end": ..., "equal accuracy": ..., ...: `each` of f(point that stands for a run)}."""
+        return {pick: self.each(lambda run: f(point[run])) for pick, point in self.picks.items()}
 
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # two-sided quantiles of t, 1 to 9 degrees of freedom
@@ -409,9 +426,9 @@ def interval(values):
 
 
 def say(stats, form="{:.2f}") -> str:
-    def one(s):
-        return "-" if s is None else form.format(s["mean"]) + ("" if s["half"] is None else "±" + form.format(s["half"]))
-    return ", ".join(f"{label} {one(s)}" for label, s in stats.items())
+    words = {label: "±".join(form.format(s[what]) for what in ("mean", "half") if s[what] is not None) if s else "-"
+             for label, s in stats.items()}
+    return ", ".join(f"{label} {word}" for label, word in words.items())
 
 
 def canvas(title, *panels, height=3.6):
@@ -447,7 +464,8 @@ def draw(axis, study, f, dashed=False, named=False, marker="."):
 def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
     for i, s in enumerate(stats.values()):
         axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
-        axis.annotate(form.format(s["mean"]), (i + offset, s["mean"] + (s["half"] or 0)), ha="center", va="bottom", fontsize=8)
+        top = s["mean"] + (s["half"] or 0)
+        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(stats)), [label.replace(", ", "\n").replace(" ", "\n") for label in stats])
     axis.margins(y=0.25)
 
@@ -461,7 +479,20 @@ def crossing(xs, ys, target):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The nine questions. Each draws its figure and returns (numbers, what the paper says, what these runs say).
+# The nine questions. Each draws its figure and returns (numbers, what these runs say).
+
+PAPER = {
+    "norm_scaling": "OPD gains more accuracy per unit of norm than RL",
+    "update_norms": "OPD moves the useful MLP blocks and hardly the embeddings",
+    "utility": "an inverted U over depth, MLP above attention; RL has more of its norm where utility is low",
+    "embeddings": "putting them back costs OPD nothing; cosine RL .967, OPD .985 (4B), .942 and .975 (8B)",
+    "spectrum": "OPD is more concentrated: σ1/‖ΔW‖ RL 19.7%, OPD 25.7%, effective rank 1908 and 1587 (4B)",
+    "directions": "OPD's subspace locks on to the final one early, RL's later",
+    "low_rank": "the top 10% of the directions recovers more than 95% of the accuracy",
+    "early_rescaled": "ΔW at 10% of training has some 80% of the final accuracy at β = 1, less above 1.2; the KL falls",
+    "paths": "OPD's path is nearly a line: most of its variance is in two components",
+}
+
 
 def norm_scaling(study):
     xs = np.array([0.0, *ALPHAS])
@@ -473,74 +504,72 @@ def norm_scaling(study):
         return norm(study.weights, run.last)
 
     smallest, target = min(map(size, study.runs)), min(s["mean"] for s in study.each(lambda run: ys(run)[-1]).values())
-    figure, (left, right) = canvas("1. Accuracy per unit of update norm: the higher curve on the right gains more for its norm",
-                                   ("along the update", "α", "accuracy of W$_0$ + αΔW"),
-                                   ("against the distance moved", "‖αΔW‖$_F$", "accuracy"))
-    draw(left, study, lambda run: (xs, ys(run)))
-    draw(right, study, lambda run: (xs * size(run), ys(run)), named=True)
-    right.axvline(smallest, color="grey", linestyle=":", label="equal norm")
-    right.axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
+    figure, axes = canvas("1. Accuracy per unit of update norm: the higher on the right, the more for its norm",
+                          ("along the update", "α", "accuracy of W$_0$ + αΔW"),
+                          ("against the distance moved", "‖αΔW‖$_F$", "accuracy"))
+    draw(axes[0], study, lambda run: (xs, ys(run)))
+    draw(axes[1], study, lambda run: (xs * size(run), ys(run)), named=True)
+    axes[1].axvline(smallest, color="grey", linestyle=":", label="equal norm")
+    axes[1].axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
     save(figure, study, "1_norm_scaling.png")
     at_norm = study.each(lambda run: float(np.interp(smallest, xs * size(run), ys(run))))
     to_accuracy = study.each(lambda run: crossing(xs * size(run), ys(run), target))
-    return (dict(alphas=xs.tolist(), accuracy=study.every(ys), norm=study.each(size), equal_norm=smallest, equal_accuracy=target,
-                 accuracy_at_equal_norm=at_norm, norm_to_equal_accuracy=to_accuracy),
-            "OPD gains more accuracy per unit of norm than RL",
+    return (dict(alphas=xs.tolist(), accuracy=study.every(ys), norm=study.each(size), equal_norm=smallest,
+                 equal_accuracy=target, accuracy_at_equal_norm=at_norm, norm_to_equal_accuracy=to_accuracy),
             f"accuracy at norm {smallest:.2f}: {say(at_norm)}; norm to accuracy {target:.2f}: {say(to_accuracy)}")
 
 
 def update_norms(study):
-    shares = {pick: {run: norm_shares(study.weights, point[run]) for run in study.runs} for pick, point in study.picks.items()}
-    layers = 1 + max(module_of(name)[0] for name in study.weights.svd)
+    weights, mlp = study.weights, ("gate", "up", "down")
+    layers = 1 + max(module_of(name)[0] for name in weights.svd)
+    shares = {run: norm_shares(weights, run.last) for run in study.runs}
     figure, axes = canvas("2. Share of ‖ΔW‖² by layer and module, in %: where did each method put its update?",
                           *((label.replace(", ", "\n", 1), "", "layer") for label in study.groups),
                           height=1.8 + 0.16 * max(6, layers))
     for axis, group in zip(axes, study.groups.values()):
-        def percent(layer, module):
-            return 100 * np.mean([shares["end"][run][layer, module] for run in group])
-        table = np.array([[percent(layer, module) for module in MODULES] for layer in range(layers)])
+        table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
+                          for layer in range(layers)])
         image = axis.imshow(table, aspect="auto", vmin=0)
         axis.grid(False)
         axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
         axis.set_yticks(range(0, layers, 1 if layers <= 12 else 4))
         for (y, x), value in np.ndenumerate(table) if layers <= 12 else ():
-            axis.annotate(f"{value:.0f}", (x, y), ha="center", va="center", fontsize=7,
-                          color="black" if value > table.max() / 2 else "white")
-        axis.set_xlabel(f"embedding {percent(None, 'embedding'):.1f}%")
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                      color="black" if value > table.max() / 2 else "white")
+        axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
     figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
     save(figure, study, "2_update_norms.png")
-    in_mlp = {pick: study.each(lambda run: 100 * sum(v for (_, module), v in of[run].items() if module in ("gate", "up", "down")))
-              for pick, of in shares.items()}
-    embedding = study.each(lambda run: 100 * shares["end"][run][None, "embedding"])
-    count = {name: math.prod(shape) for name, shape in study.weights.shape.items()}
-    null = 100 * sum(n for name, n in count.items() if module_of(name)[1] in ("gate", "up", "down")) / sum(count.values())
-    by_name = study.every(lambda run: {f"{layer} {m}" if layer is not None else m: v for (layer, m), v in shares["end"][run].items()})
+    in_mlp = study.compared(lambda i: 100 * sum(v for (_, m), v in norm_shares(weights, i).items() if m in mlp))
+    embedding = study.compared(lambda i: 100 * norm_shares(weights, i)[None, "embedding"])
+    sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
+    null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in mlp) / sum(sizes.values())
+    by_name = study.every(lambda run: {f"{m}" if layer is None else f"{layer} {m}": v
+                                       for (layer, m), v in shares[run].items()})
     return (dict(share=by_name, mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
-            "OPD moves the useful MLP blocks and hardly the embeddings",
             f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
-            f"{say(embedding, '{:.1f}')}")
+            f"{say(embedding['end'], '{:.1f}')}")
 
 
 def utility(study):
-    layers = 1 + max(module_of(name)[0] for name in study.weights.svd)
+    weights, layers = study.weights, 1 + max(module_of(name)[0] for name in study.weights.svd)
     width, places = window_width(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
 
     def size(run, part, layer, width):
-        return norm(study.weights, run.last, [name for name in study.weights.svd if part_of(name) == part
-                                              and abs(module_of(name)[0] - layer) <= width])
+        return norm(weights, run.last, [name for name in weights.svd if part_of(name) == part
+                                        and abs(module_of(name)[0] - layer) <= width])
 
     def gain(run, *place):                                    # accuracy that the window alone adds to the base
         return run.accuracy("inject", *place) - study.base[0]
 
-    def worth(run, *place):
+    def worth(run, *place):                                   # per unit of norm; 0 for what did not move
         return gain(run, *place) / max(size(run, *place, width), 1e-30)
 
     def loss(run, *place):                                    # accuracy that the trained model loses without it
         return run.at(-1)[0] - run.accuracy("leave out", *place)
 
-    figure, axes = canvas(f"3. Utility of windows of {2 * width + 1} layer(s): an inverted U? MLP (solid) above attention (dashed)?",
-                          *((name, "centre of the window, layer", y) for name, y in (
-                              ("inject only", "accuracy gained"), ("inject only, per unit of norm", "accuracy gained / norm"),
+    figure, axes = canvas(f"3. Utility of windows of {2 * width + 1} layer(s): inverted U? MLP (solid) above attention "
+                          "(dashed)?", *((name, "centre of the window, layer", y) for name, y in (
+                              ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
                               ("leave one out", "accuracy lost"))))
     for axis, f in zip(axes, (gain, worth, loss)):
         for part in ("mlp", "attention"):
@@ -552,23 +581,25 @@ def utility(study):
     # One ranking for all methods, so that what is low does not depend on what a method left alone.
     low = sorted(places, key=lambda place: np.mean([worth(run, *place) for run in study.runs]))[:layers]
     in_low = study.each(lambda run: 100 * sum(size(run, *place, 0) ** 2 for place in low)
-                        / norm(study.weights, run.last, study.weights.svd) ** 2)
-    best = {part: study.each(lambda run: max(gain(run, part, layer) for layer in range(layers))) for part in ("mlp", "attention")}
-    return (dict(window=2 * width + 1, low_utility=low, percent_in_low_utility=in_low, best=best, places=places, runs=study.every(
-                lambda run: {f.__name__: [f(run, *place) for place in places] for f in (gain, worth, loss)})),
-            "an inverted U over depth, MLP above attention; RL spends more of its norm where utility is low",
-            f"best window, MLP: {say(best['mlp'])}; attention: {say(best['attention'])}; % of ‖ΔW‖² in the low-utility half: "
+                        / norm(weights, run.last, weights.svd) ** 2)
+    mlp, attention = (study.each(lambda run: max(gain(run, part, layer) for layer in range(layers)))
+                      for part in ("mlp", "attention"))
+    runs = study.every(lambda run: {f.__name__: [f(run, *place) for place in places] for f in (gain, worth, loss)})
+    return (dict(window=2 * width + 1, low_utility=low, percent_in_low_utility=in_low, best_mlp=mlp,
+                 best_attention=attention, places=places, runs=runs),
+            f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
             f"{say(in_low, '{:.0f}')}")
 
 
 def embeddings(study):
-    cosine = {pick: study.each(lambda run: study.weights.embedding_cosine[point[run]]) for pick, point in study.picks.items()}
-    numbers, here = dict(cosine=cosine), f"cosine {say(cosine['end'], '{:.4f}')}"
+    cosine = study.weights.embedding_cosine
+    numbers = dict(cosine=study.compared(lambda i: cosine[i]))
+    here = f"cosine {say(numbers['cosine']['end'], '{:.4f}')}"
     panels = [("base and trained rows", "optimiser step", "1 - cosine, mean over rows in use"),
               ("the base's embeddings put back (pale: as trained)", "", "accuracy")]
     figure, axes = canvas("4. Embeddings: they hardly matter if the left is small and the bars on the right are equal",
                           *panels[:2 if study.base else 1])
-    draw(axes[0], study, lambda run: (run.steps, [1 - study.weights.embedding_cosine[i] for i in run.points]), named=True)
+    draw(axes[0], study, lambda run: (run.steps, [1 - cosine[i] for i in run.points]), named=True)
     axes[0].set_xscale("log", base=2)
     if study.base:
         trained, back = study.each(lambda run: run.at(-1)[0]), study.each(lambda run: run.accuracy("embeddings back"))
@@ -578,51 +609,52 @@ def embeddings(study):
         numbers |= dict(accuracy_as_trained=trained, accuracy_with_base_embeddings=back)
         here += f"; accuracy with the base's put back: {say(back)} (as trained: {say(trained)})"
     save(figure, study, "4_embeddings.png")
-    return numbers, "putting them back costs OPD nothing; cosine RL .967 / OPD .985 (4B), .942 / .975 (8B)", here
+    return numbers, here
 
 
 def spectrum(study):
-    shapes, grid = [study.weights.shape[name] for name in study.weights.svd], np.linspace(0, 1, 101)
-    gaussian, rank = {shape: gaussian_sigma(shape) for shape in set(shapes)}, float(np.mean([min(shape) for shape in shapes]))
-    tables = {pick: {run: spectra(study.weights, point[run], gaussian) for run in study.runs} for pick, point in study.picks.items()}
-    table = {pick: {m: {what: study.each(lambda run: of[run][m][what]) for what in ("mean", "sd", "gaussian")} for m in METRICS}
-             for pick, of in tables.items()}
+    weights, grid = study.weights, np.linspace(0, 1, 101)
+    gaussian = {name: gaussian_sigma(weights.shape[name]) for name in weights.svd}
+    rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
+    rows = {i: spectra(weights, i, gaussian) for point in study.picks.values() for i in point.values()}
+    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "sd", "gaussian")}
+             for metric in METRICS}
 
-    def level(sigmas):                                        # mean over matrices of any rank: (101,)
-        sigmas = [np.asarray(sigma) / np.linalg.norm(sigma) for sigma in sigmas if sigma[0] > 0]
-        return np.mean([np.interp(grid, np.linspace(0, 1, len(sigma)), sigma) for sigma in sigmas], axis=0)
+    def level(of):                                            # mean over matrices of any rank: (101,)
+        return np.mean([np.interp(grid, np.linspace(0, 1, len(s)), s / s.norm()) for s in of.values()], axis=0)
 
-    at = "equal accuracy" if "equal accuracy" in tables else "end"
-    figure, axes = canvas("5. Spectra of ΔW: the more concentrated, the steeper on the left, higher in the middle, lower on the right",
+    other = list(study.picks)[-1]                             # equal accuracy; from weights alone the end itself
+    figure, axes = canvas("5. Spectra of ΔW, concentrated: steep on the left, high in the middle, low on the right",
                           ("singular values, mean over matrices", "i / r", "σ$_i$ / ‖ΔW‖$_F$"),
-                          (f"spectral ratio (pale: at {at})", "", "σ$_1$ / ‖ΔW‖$_F$"),
-                          (f"effective rank (pale: at {at})", "", f"exp(entropy of σ), of {rank:.0f}"))
-    draw(axes[0], study, lambda run: (grid, level([svds[run.last][1] for svds in study.weights.svd.values()])), named=True, marker="")
-    axes[0].plot(grid, level([gaussian[shape] for shape in shapes]), "k:", label="Gaussian")
+                          (f"spectral ratio (pale: at {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
+                          (f"effective rank (pale: at {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
+    draw(axes[0], study, lambda run: (grid, level(sigmas(weights, run.last))), named=True, marker="")
+    axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
     axes[0].set_yscale("log")
     axes[0].set_ylim(bottom=1e-3)
     for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
-        bars(axis, study, table["end"][metric]["mean"], form, offset=-0.2, width=0.4)
-        bars(axis, study, table[at][metric]["mean"], form, offset=0.2, width=0.4, alpha=0.4)
-        null = table["end"][metric]["gaussian"][study.runs[0].label]["mean"]
+        bars(axis, study, table[metric]["mean"]["end"], form, offset=-0.2, width=0.4)
+        bars(axis, study, table[metric]["mean"][other], form, offset=0.2, width=0.4, alpha=0.4)
+        null = table[metric]["gaussian"]["end"][study.runs[0].label]["mean"]
         axis.axhline(null, color="black", linestyle=":", label="Gaussian")
     save(figure, study, "5_spectra.png")
-    ratio, effective = (table["end"][metric]["mean"] for metric in ("spectral_ratio", "effective_rank"))
-    return (dict(mean_rank=rank) | table, "OPD is more concentrated than RL: σ1/‖ΔW‖ 25.7% / 19.7%, effective rank 1587 / 1908 (4B)",
-            f"σ1/‖ΔW‖ {say(ratio)}; effective rank of {rank:.0f}: {say(effective, '{:.0f}')} (Gaussian {null:.0f}); at {at}: "
-            f"{say(table[at]['effective_rank']['mean'], '{:.0f}')}")
+    ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
+    return (dict(mean_rank=rank) | table,
+            f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
+            f"{null:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
 
 
 def directions(study):
-    gram, longest = sum(study.weights.gram.values()), max(study.runs, key=lambda run: run.steps[-1])
-    by_k = {run: np.array([alignment(study.weights, i, run.last) for i in run.points]) for run in study.runs}   # (steps, 20)
-    walk, early = walk_alignment([study.weights.shape[name] for name in study.weights.svd], longest.steps), longest.early
-    walk_cosine = np.sqrt(np.array(longest.steps) / longest.steps[-1])           # of a random walk to its end: sqrt(t / T)
+    weights, gram = study.weights, sum(study.weights.gram.values())
+    by_k = {run: np.array([alignment(weights, i, run.last) for i in run.points]) for run in study.runs}  # (steps, 20)
+    longest = max(study.runs, key=lambda run: run.steps[-1])
+    early, walk = longest.early, walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)
+    walk_cosine = np.sqrt(np.array(longest.steps) / longest.steps[-1])           # of a random walk to its end
 
     def cosine(run, to):
         return [cosines(gram, i, run.last)[to] for i in run.points]
 
-    figure, axes = canvas("6. Is the final direction there early? It is if the lines are above the random walk and dashed ones above 0",
+    figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
                           ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
                           ("the same at 10% of training", "k leading directions", "mean squared cosine"),
                           ("solid: to the end; dashed: to what is left", "optimiser step t", "cosine of ΔW$_t$"))
@@ -639,18 +671,19 @@ def directions(study):
     save(figure, study, "6_alignment.png")
     paper = study.each(lambda run: float(by_k[run][run.early].mean()))
     end, rest = (study.each(lambda run: cosine(run, to)[run.early]) for to in (0, 1))
-    return (dict(alignment=paper, cosine_to_the_end=end, cosine_to_the_rest=rest, early_step=study.every(lambda run: run.steps[run.early]),
-                 random_walk=dict(steps=longest.steps, alignment=walk.mean(1).tolist(), cosine_to_the_end=walk_cosine.tolist()),
-                 runs=study.every(lambda run: dict(steps=run.steps, alignment_by_k=by_k[run].tolist(), cosine_to_the_end=cosine(run, 0),
-                                                   alignment=by_k[run].mean(1).tolist(), cosine_to_the_rest=cosine(run, 1)))),
-            "OPD's subspace locks on to the final one early, RL's later",
-            f"near 10% of training (step {longest.steps[early]}): alignment {say(paper)} (random walk {walk[early].mean():.2f}); cosine "
-            f"to the end {say(end)} (random walk {walk_cosine[early]:.2f}), to what is left {say(rest)} (random walk 0)")
+    runs = study.every(lambda run: dict(steps=run.steps, early_step=run.steps[run.early],
+                                        alignment=by_k[run].mean(1).tolist(), alignment_by_k=by_k[run].tolist(),
+                                        cosine_to_the_end=cosine(run, 0), cosine_to_the_rest=cosine(run, 1)))
+    null = dict(steps=longest.steps, alignment=walk.mean(1).tolist(), cosine_to_the_end=walk_cosine.tolist())
+    return (dict(alignment=paper, cosine_to_the_end=end, cosine_to_the_rest=rest, random_walk=null, runs=runs),
+            f"near 10% of training (step {longest.steps[early]}): alignment {say(paper)} (random walk "
+            f"{walk[early].mean():.2f}); cosine to the end {say(end)} (random walk {walk_cosine[early]:.2f}), to what "
+            f"is left {say(rest)} (random walk 0)")
 
 
-def low_rank_parts(study):
-    def kept(sigmas):                                         # share of the norm in the top k%, mean over matrices
-        return [float(np.mean([s[:max(1, round(k / 100 * len(s)))].norm() / s.norm() for s in sigmas])) for k in TOP]
+def low_rank(study):
+    def kept(of):                                             # share of the norm in the top k%, mean over matrices
+        return [float(np.mean([s[:directions_in(k, s)].norm() / s.norm() for s in of.values()])) for k in TOP]
 
     def top(run):
         return [run.accuracy("top", k) for k in TOP]
@@ -664,8 +697,9 @@ def low_rank_parts(study):
                           ("norm in the top k%", "k, % of the directions", "‖ΔW$_k$‖ / ‖ΔW‖"))
     draw(axes[0], study, lambda run: (TOP, top(run)), named=True)
     draw(axes[1], study, lambda run: (BOTTOM, bottom(run)))
-    draw(axes[2], study, lambda run: (TOP, kept([svds[run.last][1] for svds in study.weights.svd.values() if svds[run.last][1][0] > 0])))
-    axes[2].plot(TOP, kept([gaussian_sigma(study.weights.shape[name]) for name in study.weights.svd]), "k:", label="Gaussian")
+    draw(axes[2], study, lambda run: (TOP, kept(sigmas(study.weights, run.last))))
+    gaussian = {name: gaussian_sigma(study.weights.shape[name]) for name in study.weights.svd}
+    axes[2].plot(TOP, kept(gaussian), "k:", label="Gaussian")
     axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian update")
     axes[1].axhline(study.base[0], color="grey", linestyle="--", linewidth=1, label="base")
     for axis in (axes[0], axes[2]):
@@ -673,24 +707,25 @@ def low_rank_parts(study):
         axis.set_xticks(TOP, TOP)
         axis.minorticks_off()
     save(figure, study, "7_low_rank.png")
-    share = study.each(lambda run: 100 * top(run)[TOP.index(10)] / max(top(run)[-1], 1e-9))
-    gain = study.each(lambda run: 100 * (top(run)[TOP.index(10)] - study.base[0]) / (top(run)[-1] - study.base[0])
-                      if top(run)[-1] > study.base[0] else None)
+    ten, base = TOP.index(10), study.base[0]
+    share = study.each(lambda run: 100 * top(run)[ten] / max(top(run)[-1], 1e-9))
+    gain = study.each(lambda run: 100 * (top(run)[ten] - base) / (top(run)[-1] - base) if top(run)[-1] > base else None)
     rest = study.each(lambda run: run.accuracy("bottom", 90))
-    return (dict(top_percents=TOP, bottom_percents=BOTTOM, gaussian_update_accuracy=study.noise[0], top_10_percent_of_accuracy=share,
-                 top_10_percent_of_gain=gain, bottom_90_accuracy=rest, runs=study.every(lambda run: dict(top=top(run), bottom=bottom(run)))),
-            "the top 10% recovers more than 95% of the accuracy",
+    runs = study.every(lambda run: dict(top=top(run), bottom=bottom(run)))
+    return (dict(top_percents=TOP, bottom_percents=BOTTOM, gaussian_update=study.noise[0], top_10_of_accuracy=share,
+                 top_10_of_gain=gain, bottom_90=rest, runs=runs),
             f"top 10% at equal norm, % of the accuracy: {say(share, '{:.0f}')}; of the gain: {say(gain, '{:.0f}')}; "
-            f"the other 90% alone: accuracy {say(rest)} (base {study.base[0]:.2f})")
+            f"the other 90% alone: accuracy {say(rest)} (base {base:.2f})")
 
 
 def early_rescaled(study):
-    betas, one = (0.0, *BETAS), BETAS.index(1.0)
+    betas = [0.0, *BETAS]
+    one = betas.index(1.0)
 
     def ys(run, i, what):                                     # what: 0 accuracy, 1 KL
         return [run.at(i)[what], *(run.measured["early", run.steps[i], beta][what] for beta in BETAS)]
 
-    figure, axes = canvas("8. An early update stretched to the final norm (β = 1): how much of the final accuracy (dotted) is there?",
+    figure, axes = canvas("8. An early update stretched to the final norm (β = 1): is it as good as the end (dotted)?",
                           ("solid: ΔW at 10% of training; dashed: at step 1", "β", "accuracy"),
                           ("the same", "β", "KL to the teacher, nats a token"))
     for what, axis in enumerate(axes):
@@ -700,40 +735,43 @@ def early_rescaled(study):
             axis.axhline(s["mean"], color=f"C{i}", linestyle=":")
     axes[1].set_yscale("log")
     save(figure, study, "8_early_rescaled.png")
-    share, first = (study.each(lambda run: 100 * ys(run, run.early if i is None else i, 0)[1 + one] / max(run.at(-1)[0], 1e-9))
-                    for i in (None, 0))
+    share = study.each(lambda run: 100 * ys(run, run.early, 0)[one] / max(run.at(-1)[0], 1e-9))
+    first = study.each(lambda run: 100 * ys(run, 0, 0)[one] / max(run.at(-1)[0], 1e-9))
     best = study.each(lambda run: betas[int(np.argmax(ys(run, run.early, 0)))])
-    kl = study.each(lambda run: ys(run, run.early, 1)[1 + one])
-    return (dict(betas=betas, percent_of_final_accuracy=share, percent_of_final_accuracy_from_step_1=first, best_beta=best, kl=kl,
-                 runs=study.every(lambda run: dict(final=run.at(-1)) | {str(run.steps[i]): dict(accuracy=ys(run, i, 0), kl=ys(run, i, 1))
-                                                                       for i in {0, run.early}})),
-            "at β = 1 the update at 10% of training has about 80% of the final accuracy; worse above 1.2; the KL falls",
-            f"% of the final accuracy at β = 1, from 10% of training: {say(share, '{:.0f}')}; from step 1: {say(first, '{:.0f}')}; "
-            f"best β {say(best, '{:.1f}')}; KL {study.base[1]:.3f} at the base, then {say(kl, '{:.3f}')}")
+    kl = study.each(lambda run: ys(run, run.early, 1)[one])
+    runs = study.every(lambda run: dict(final=run.at(-1)) | {
+        str(run.steps[i]): dict(accuracy=ys(run, i, 0), kl=ys(run, i, 1)) for i in {0, run.early}})
+    return (dict(betas=betas, percent_of_final_accuracy=share, from_step_1=first, best_beta=best, kl=kl, runs=runs),
+            f"% of the final accuracy at β = 1, from 10% of training: {say(share, '{:.0f}')}; from step 1: "
+            f"{say(first, '{:.0f}')}; best β {say(best, '{:.1f}')}; KL {study.base[1]:.3f} at the base, then "
+            f"{say(kl, '{:.3f}')}")
 
 
 def paths(study):
     gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # the base, ΔW = 0, is on every path
-    places = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
+    on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
+
+    def in_two(gram):
+        return 100 * principal_components(gram)[1][:2].sum().item()
+
     steps = torch.tensor([0, *max((run.steps for run in study.runs), key=lambda steps: steps[-1])]).double()
-    null = 100 * principal_components(torch.minimum(steps[:, None], steps))[1][:2].sum().item()   # E<ΔW_s, ΔW_t> = min(s, t)
-    explained = study.each(lambda run: 100 * principal_components(gram[places[run]][:, places[run]])[1][:2].sum().item())
+    null = in_two(torch.minimum(steps[:, None], steps))                          # E <ΔW_s, ΔW_t> = min(s, t)
+    explained = study.each(lambda run: in_two(gram[on[run]][:, on[run]]))
     coordinates, variance = principal_components(gram)                           # of all runs together
-    figure, (left, right) = canvas("9. The paths: straight on the left, near 100% and above the random walk on the right",
-                                   ("all runs, from the base (star)", f"first component ({100 * variance[0]:.0f}% of the variance)",
-                                    f"second component ({100 * variance[1]:.0f}%)"),
-                                   ("variance of a run's own path", "", "% in two components"))
-    for i, (label, group) in enumerate(study.groups.items()):
+    figure, axes = canvas("9. The paths: straight on the left, near 100% and above the random walk on the right",
+                          ("all runs, from the base (star)", f"first component ({100 * variance[0]:.0f}% of variance)",
+                           f"second component ({100 * variance[1]:.0f}%)"),
+                          ("variance of a run's own path", "", "% in two components"))
+    for i, group in enumerate(study.groups.values()):
         for run in group:
-            left.plot(*coordinates[places[run], :2].T.numpy(), ".-", color=f"C{i}", label=label if run is group[0] else None)
-            left.plot(*coordinates[run.last + 1, :2].numpy(), "o", color=f"C{i}")
-    left.plot(*coordinates[0, :2].numpy(), "k*", markersize=12)
-    bars(right, study, explained, "{:.0f}")
-    right.axhline(null, color="black", linestyle=":", label="random walk")
+            axes[0].plot(*coordinates[on[run], :2].T, ".-", color=f"C{i}", label=run.label if run is group[0] else None)
+            axes[0].plot(*coordinates[run.last + 1, :2], "o", color=f"C{i}")
+    axes[0].plot(*coordinates[0, :2], "k*", markersize=12)
+    bars(axes[1], study, explained, "{:.0f}")
+    axes[1].axhline(null, color="black", linestyle=":", label="random walk")
     save(figure, study, "9_paths.png")
     return (dict(explained_percent=explained, random_walk_percent=null,
-                 coordinates=study.every(lambda run: coordinates[places[run], :2].tolist())),
-            "OPD's path is nearly a line, most of its variance is in two components",
+                 coordinates=study.every(lambda run: coordinates[on[run], :2].tolist())),
             f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
 
 
@@ -743,12 +781,12 @@ def paths(study):
 def parse_args(args):
     parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = stop
-    parser.add_argument("runs", nargs="*", help="run or race directories; none: the newest run of each method under runs/")
+    parser.add_argument("runs", nargs="*", help="run or race directories (default: the newest of each method in runs/)")
     parser.add_argument("--base", help="a Hugging Face checkpoint's directory: what the others were trained from")
-    parser.add_argument("--checkpoints", nargs="+", default=[], help="directories of its later selves, the last one last")
-    parser.add_argument("--out_dir", default="analysis", help="where the figures and analysis.json go (default: analysis)")
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="its later selves' directories, the last one last")
+    parser.add_argument("--out_dir", default="analysis", help="for figures and analysis.json (default: analysis)")
     parser.add_argument("--problems", type=int, default=400, help="problems in an accuracy (default: 400)")
-    parser.add_argument("--cache_dir", default="", help="where the teacher is kept (default: the one that the runs used)")
+    parser.add_argument("--cache_dir", default="", help="where the teacher is kept (default: the runs' own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for the accuracies")
     args = parser.parse_args(args)
     if bool(args.base) != bool(args.checkpoints) or args.base and args.runs:
@@ -808,8 +846,8 @@ def study_runs(args, out_dir) -> Study:
     reached = min(s["mean"] for s in study.each(lambda run: run.at(-1)[0]).values())
     study.picks.update({"end": {run: run.last for run in runs},
                         "equal steps": nearest(lambda run, i: run.steps[i], min(run.steps[-1] for run in runs)),
-                        "equal accuracy": nearest(lambda run, i: run.at(i)[0], reached),
-                        "equal norm": nearest(size, min(size(run, -1) for run in runs))})
+                        "equal norm": nearest(size, min(size(run, -1) for run in runs)),
+                        "equal accuracy": nearest(lambda run, i: run.at(i)[0], reached)})
     return study
 
 
@@ -821,14 +859,14 @@ def main(args=None):
         out_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         stop(error)
-    questions = [norm_scaling, update_norms, utility, embeddings, spectrum, directions, low_rank_parts, early_rescaled, paths]
+    questions = [norm_scaling, update_norms, utility, embeddings, spectrum, directions, low_rank, early_rescaled, paths]
     if not study.base:                                        # weights alone; and one checkpoint is no path
         questions = [update_norms, embeddings, spectrum] + ([directions, paths] if len(study.runs[0].steps) > 1 else [])
     results = {"compared_steps": {pick: study.every(lambda run: run.steps[run.points.index(point[run])])
                                   for pick, point in study.picks.items()}, "base": study.base}
     for question in questions:
-        results[question.__name__], paper, here = question(study)
-        print(f"\n{question.__name__}\n  paper says: {paper}\n  these runs: {here}")
+        results[question.__name__], here = question(study)
+        print(f"\n{question.__name__}\n  paper says: {PAPER[question.__name__]}\n  these runs: {here}")
     write_json(out_dir / "analysis.json", results)
     print(f"\nFigures and analysis.json are in {out_dir}")
 
