@@ -22,6 +22,7 @@ In the shapes below: N checkpoints, of all runs together; r = min(m, n) singular
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -36,7 +37,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from effopd import basis_alignment, module_of, reverse_kl, spectral_metrics
@@ -209,6 +210,8 @@ def read_weights(base: Checkpoint, points: list[Checkpoint], whole=()) -> Weight
                 U, sigma, Vh = torch.linalg.svd(point.read(name) - w_0, full_matrices=False)
                 k = len(sigma) if i in whole else max(KS)
                 weights.svd[name].append((U[:, :k].clone(), sigma, Vh[:k].clone()))      # clones: the rest is freed
+    if not weights.svd:
+        raise ValueError(f"{base.directory} has no matrices in layers: no transformer in Hugging Face's names")
     for i, point in enumerate(points):
         if norm(weights, i) == 0:
             raise ValueError(f"{point.directory} holds the base's weights: it did not move")
@@ -237,6 +240,7 @@ def norm_shares(weights, i) -> dict:
     return shares
 
 
+@functools.cache
 def gaussian_sigma(shape, seed=0):
     """Singular values (r,) of a Gaussian matrix of Frobenius norm 1: what no structure at all looks like."""
     sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
@@ -385,7 +389,7 @@ def measure_with(model, teacher, task, problems):
 class Study(NamedTuple):
     """What the nine questions are answered from."""
     weights: Weights
-    runs: list                 # of Run; those of one label in a row
+    runs: list                 # of Run
     base: tuple                # (accuracy, KL) of the base; () from weights alone
     noise: tuple               # the same of a Gaussian update, of the norm that 7 scales to
     picks: dict                # "end", "equal accuracy", ...: {run: the point that stands for it}
@@ -855,9 +859,9 @@ def main(args=None):
     args = parse_args(args)
     out_dir = Path(args.out_dir)
     try:
-        study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+        study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
+    except (ValueError, OSError, SafetensorError) as error:
         stop(error)
     questions = [norm_scaling, update_norms, utility, embeddings, spectrum, directions, low_rank, early_rescaled, paths]
     if not study.base:                                        # weights alone; and one checkpoint is no path

@@ -394,6 +394,11 @@ def test_the_newest_run_of_each_method(runs, monkeypatch, capsys):
     assert "python train.py --method rl" in said and "--method effopd" in said and "--method sft" not in said
 
 
+def test_a_race_is_its_runs(runs):
+    assert [run.name for run in analyze.expand(runs / "runs")] == ["effopd-s0", "opd-s0", "opd-s1", "sft-s0"]
+    assert analyze.expand(runs / "runs" / "sft-s0") == [runs / "runs" / "sft-s0"]
+
+
 def test_weights_alone(pair, tmp_path, capsys):
     folder, _ = pair
     analyze.main(["--base", str(folder / "base"), "--checkpoints", str(folder / "step_000004"), str(folder / "final"),
@@ -416,7 +421,9 @@ def test_weights_alone(pair, tmp_path, capsys):
     ([], "--method opd"),
     (["--base", "small", "--checkpoints", "wide"], "is (11, 16) in small and (11, 32) in wide"),
     (["--base", "small", "--checkpoints", "deep"], "missing in small"), (["unfinished"], "no finished run"),
-    (["--base", "small", "--checkpoints", "small"], "did not move")])
+    (["--base", "small", "--checkpoints", "small"], "did not move"),
+    (["--base", "flat", "--checkpoints", "flat"], "no matrices"), (["--base", "small", "--checkpoints", "broken"], ": "),
+    (["small", "--out_dir", "flat/model.safetensors"], "exists")])
 def test_bad_input_ends_in_one_line(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -424,6 +431,11 @@ def test_bad_input_ends_in_one_line(args, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     for name, shape in (("small", (16, 24, 1, 2)), ("wide", (32, 24, 1, 2)), ("deep", (16, 24, 2, 2))):
         GPT(GPTConfig(11, *shape)).save_pretrained(tmp_path / name)
+    (tmp_path / "flat").mkdir()
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "flat" / "model.safetensors")
+    (tmp_path / "broken").mkdir()
+    whole = (tmp_path / "small" / "model.safetensors").read_bytes()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:-9])
     with pytest.raises(SystemExit) as stopped:
         analyze.main(args)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("weights: ")]
