@@ -24,6 +24,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import tempfile
@@ -32,6 +33,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
+
+# Before torch is imported: OpenMP's threads wait for each other by spinning, which makes small operations four times
+# slower when anything else runs on the cores. Giving up early costs about a tenth on an idle machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import tiktoken
 import torch
@@ -101,7 +106,7 @@ class Distillation:
     top_k: int = setting(4, "k of --loss top_k")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     eval_every: int = setting(2, "steps between evaluations, which do not count towards a run's seconds")
-    eval_size: int = setting(1000, "problems in an evaluation, one sampled answer each")
+    eval_size: int = setting(500, "problems in an evaluation, one sampled answer each")
 
 
 @dataclass
