@@ -97,7 +97,7 @@ class Models:
 @dataclass
 class Distillation:
     _argument_group_name = "distillation"
-    steps: int = setting(40, "optimiser steps")
+    steps: int = setting(32, "optimiser steps")
     lr: float = setting(1e-4, "learning rate, constant")
     batch_size: int = setting(128, "prompts a step, one rollout each")
     loss: Literal["full", "sampled", "sequence", "top_k"] = setting(
