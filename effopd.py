@@ -216,7 +216,8 @@ class EffOPD:
         shapes = {name: tuple(w.shape) for name, w in state["previous"].items()}
         if shapes != {name: tuple(p.shape) for name, p in self.parameters.items()}:
             raise ValueError("this EffOPD state was saved for other parameters: check the model and the scope")
-        self.previous = [state["previous"][name].to(p.device, p.dtype, copy=True) for name, p in self.parameters.items()]
+        self.previous = [state["previous"][name].to(p.device, p.dtype, copy=True)
+                         for name, p in self.parameters.items()]
         self.history = list(state["history"])
 
 
@@ -231,7 +232,10 @@ def mean_over_ranks(value, device) -> float:
 
 @contextmanager
 def undisturbed(model, seed: int):
-    """Evaluation mode, no gradients and random states (Python, NumPy, torch on CPU and CUDA) of its own, then all as before."""
+    """Evaluation mode, no gradients, random states of its own (Python's, NumPy's, torch's on CPU and CUDA).
+
+    Afterwards modes, buffers and random states are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     python_state, numpy_state = random.getstate(), np.random.get_state()

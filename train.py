@@ -118,7 +118,7 @@ class Search:
     candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
     num_candidates: int = setting(5, "candidates at most")
     dv_size: int = setting(50, "problems in D_v")
-    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt) or not lower (ge) than the last kept")
+    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt), not lower (ge), than the last kept")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
@@ -147,7 +147,7 @@ class Config(Search, Distillation, Models, Run):
                              f"{2 * self.num_attention_heads}, got {self.hidden_size}")
         space = 10 ** self.digits * (2 * 10 ** self.digits + 10) ** self.num_ops
         if self.eval_size > space // 10:
-            raise ValueError(f"--eval_size {self.eval_size}: chains of {self.num_ops} operations are {space:,} problems, "
+            raise ValueError(f"--eval_size {self.eval_size}: there are {space:,} chains of {self.num_ops} operations, "
                              f"and at most a tenth of them may be held out")
         for name in ("student", "teacher"):
             if getattr(self, name) and not Path(getattr(self, name)).is_dir():
@@ -288,7 +288,10 @@ def pack(prompts, answers, device) -> Batch:
 
 
 def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None)):
-    """Supervised training on worked examples; 30 steps of warm-up, then linear to 5%. snapshot: save at a step, where."""
+    """Supervised training on worked examples: 30 steps of warm-up, then linear to 5%.
+
+    snapshot: (step, directory) saves the model as it is after that step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step in tqdm(range(1, steps + 1), desc=label, unit="step", dynamic_ncols=True):
         for group in optimizer.param_groups:
@@ -394,7 +397,7 @@ class Score:
     def __call__(self, model) -> float:
         if self.kind == "batch_kl":                           # answers and teacher logits are at hand: one forward pass
             batch, teacher_logits = self.last_batch
-        else:                                                 # fresh answers; EffOPD seeds them alike for all candidates
+        else:                                                 # fresh answers, seeded alike for all candidates
             answers = answer(model, self.task, self.problems)
             if self.kind == "accuracy":
                 self.tokens += sum(map(len, answers))
@@ -482,7 +485,8 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
         line = dict(step=step, **line, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
         if step % config.eval_every == 0 or step == config.steps:
             line["accuracy"], after = evaluate(student, task, held_out)
-            curve.append(dict(step=step, accuracy=line["accuracy"], tokens=student_tokens + score.tokens, seconds=seconds))
+            curve.append(dict(step=step, accuracy=line["accuracy"], tokens=student_tokens + score.tokens,
+                              seconds=seconds))
         append_json(out_dir / "log.jsonl", line)
         bar.set_postfix(kl=f"{line['kl']:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
 
@@ -507,7 +511,7 @@ def examples(task, problems, before, after, n=3) -> list[dict]:
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
 def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
-    rehearsal = copy.deepcopy(student)                        # loads every kernel, so that OPD, first, does not pay for it
+    rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
     train_step(config, task, rehearsal, teacher, make_optimizer(config, rehearsal),
                task.problems(config.batch_size, random.Random(0)), None)
     runs = {}
@@ -526,7 +530,7 @@ def first_at(curve, target) -> dict | None:
 
 
 def compare(runs: dict) -> dict:
-    """What each run took to the accuracy that OPD ends with (mean of its last three evaluations), validation included."""
+    """What each run took, validation included, to the target: the accuracy that OPD ends with."""
     target, methods = runs["OPD"]["final_accuracy"], {}
     opd = first_at(runs["OPD"]["curve"], target)
     for name, run in runs.items():
@@ -547,7 +551,8 @@ def print_run(summary):
 
 def print_race(summary):
     print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n\n"
-          f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}{'speed-up in steps':>20}{'tokens':>9}{'seconds':>9}")
+          f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}"
+          f"{'speed-up in steps':>20}{'tokens':>9}{'seconds':>9}")
     for name, method in summary["methods"].items():
         row, point, speed_up = f"{name:18}{method['final_accuracy']:9.3f}", method["reached"], method["speed_up"]
         if point is None:

@@ -87,7 +87,8 @@ def test_what_is_not_supported_is_refused_in_one_line(change, words, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file, content", [("config.json", b"{"), ("model.safetensors", b"short"), ("config.json", b"{}")])
+@pytest.mark.parametrize("file, content", [("config.json", b"{"), ("config.json", b"{}"),
+                                           ("model.safetensors", b"short")])
 def test_broken_files_are_refused_in_one_line(file, content, tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(content)

@@ -85,7 +85,8 @@ def test_slips_come_at_their_rate_and_are_carried_on():
 
 def test_no_evaluation_problem_is_trained_on(toy, monkeypatch, tmp_path):
     config, task, student, teacher = toy
-    everything = [f"{a}{p}{b}{q}{c}=" for a in range(10) for b in range(10) for c in range(10) for p in "+-*" for q in "+-*"]
+    everything = [f"{a}{p}{b}{q}{c}=" for a in range(10) for b in range(10) for c in range(10)
+                  for p in "+-*" for q in "+-*"]
     held_out, used = set(everything[:8500]), []               # leaves 500 of 9,000
     monkeypatch.setattr(train, "evaluation_problems", lambda *_: everything[:8500])
     monkeypatch.setattr(train, "evaluate", lambda *_: (0.5, []))
@@ -215,7 +216,7 @@ def test_a_search_that_accepts_nothing_is_plain_opd_bit_for_bit(toy, tmp_path, m
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
     real = Score.__call__
-    monkeypatch.setattr(Score, "__call__", lambda self, model: real(self, model) * 0)      # does the work, likes nothing
+    monkeypatch.setattr(Score, "__call__", lambda self, model: real(self, model) * 0)      # works, likes nothing
     for method in ("opd", "effopd"):
         torch.manual_seed(0)
         mine = GPT(student.config)
@@ -252,7 +253,7 @@ def test_checkpoints_are_from_before_the_jump_and_load_in_transformers(toy, tmp_
     start = student.lm_head.weight.detach().clone()
     distil(own, task, student, teacher, tmp_path / "run", "toy")
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["final", "step_000000", "step_000001", "step_000002", "step_000004"]
+    assert sorted(p.name for p in folder.iterdir()) == ["final", *(f"step_00000{i}" for i in (0, 1, 2, 4))]
     assert torch.equal(GPT.from_pretrained(folder / "step_000000").lm_head.weight, start)
     first = read_lines(tmp_path / "run" / "search.jsonl")[0]
     assert first["accepted"] > 0
@@ -293,7 +294,8 @@ def test_the_final_accuracy_is_of_trained_models_only(toy, tmp_path, monkeypatch
     config, task, student, teacher = toy
     values = iter([0.1, 0.9])
     monkeypatch.setattr(train, "evaluate", lambda m, t, problems: (next(values), [[1]] * len(problems)))
-    summary = distil(dataclasses.replace(config, method="opd", eval_every=100), task, student, teacher, tmp_path / "run")
+    own = dataclasses.replace(config, method="opd", eval_every=100)
+    summary = distil(own, task, student, teacher, tmp_path / "run")
     assert summary["final_accuracy"] == 0.9 and len(summary["curve"]) == 2
 
 
@@ -309,12 +311,12 @@ def test_settings_reach_the_search(toy, tmp_path, monkeypatch):
     config, task, student, teacher = toy
     given = {}
     monkeypatch.setattr(train, "EffOPD", lambda model, score, **settings: given.update(settings) or sys.exit())
-    own = dataclasses.replace(config, method="effopd", accept="ge", candidates="doubling", num_candidates=3, scope="all",
-                              first_trigger=4, search_every=7, reset_moments=True, seed=11)
+    settings = dict(accept="ge", candidates="doubling", num_candidates=3, scope="all", first_trigger=4, seed=11)
+    own = dataclasses.replace(config, method="effopd", search_every=7, reset_moments=True, **settings)
     with pytest.raises(SystemExit):
         distil(own, task, student, teacher, tmp_path / "run")
     assert isinstance(given.pop("optimizer"), torch.optim.AdamW)
-    assert given == dict(accept="ge", candidates="doubling", num_candidates=3, scope="all", first_trigger=4, every=7, seed=11)
+    assert given == settings | dict(every=7)
 
 
 def a_run(final, *points):
@@ -358,10 +360,12 @@ def test_the_race_from_the_command_line(tmp_path):
     for directory in ("opd", "effopd", "effopd-batch-kl"):
         lines = read_lines(race / directory / "log.jsonl")
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
-        assert {"loss", "kl", "grad_norm", "lr", "student_tokens", "validation_tokens", "seconds", "accuracy"} <= set(lines[0])
+        assert {"loss", "kl", "grad_norm", "lr", "student_tokens", "validation_tokens", "seconds",
+                "accuracy"} <= set(lines[0])
         assert json.loads((race / directory / "config.json").read_text())["versions"]["torch"] == torch.__version__
         own = json.loads((race / directory / "summary.json").read_text())
-        assert own["curve"][-1]["tokens"] == lines[-1]["student_tokens"] + lines[-1]["validation_tokens"] == own["tokens"]
+        last = lines[-1]
+        assert own["curve"][-1]["tokens"] == last["student_tokens"] + last["validation_tokens"] == own["tokens"]
         assert (lines[-1]["validation_tokens"] > 0) == (directory != "opd")
         firsts.append((lines[0]["kl"], lines[0]["student_tokens"], own["curve"][0]["accuracy"],
                        (race / directory / "checkpoints" / "step_000000" / "model.safetensors").read_bytes()))
@@ -373,15 +377,22 @@ def test_the_race_from_the_command_line(tmp_path):
     assert again.returncode == 0 and "base" not in again.stderr and (tmp_path / "runs" / "opd").is_dir()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_race_on_a_gpu(tmp_path, capsys):
+    main(as_args(TOY | dict(device="cuda", cache_dir=tmp_path / "cache", out_dir=tmp_path / "race")))
+    assert "speed-up" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("args, words", [
-    (["--lr", "abc"], "invalid float value: 'abc'"), (["--method", "foo"], "'foo'"), (["--steps", "0"], "--steps must be"),
-    (["--batch_size", "0"], "--batch_size must be"), (["--lr", "nan"], "--lr must be"), (["--lr", "inf"], "--lr must be"),
+    (["--lr", "abc"], "invalid float value: 'abc'"), (["--lr", "nan"], "--lr must be"), (["--lr", "inf"], "--lr must be"),
+    (["--method", "foo"], "'foo'"), (["--preset", "huge"], "huge"),
+    (["--steps", "0"], "--steps must be"), (["--batch_size", "0"], "--batch_size must be"),
     (["--device", "abacus"], "--device must be"), (["--device", "cuda:99"], "CUDA GPUs"),
     (["--student", "nowhere"], "no directory nowhere"), (["--teacher", "nowhere"], "no directory nowhere"),
-    (["--digits", "3"], "--digits must be"), (["--slip", "1"], "--slip is"), (["--hidden_size", "90"], "--hidden_size must be"),
-    (["--score", "batch_kl"], "--method effopd"),
-    (["--method", "opd", "--accept", "ge"], "no use for it"), (["--num_ops", "1"], "at most a tenth"), (["--nonsense", "1"], "--nonsense"), (["--search_every", "-1"], "--search_every"),
-    (["--preset", "huge"], "huge"), (["--preset", "gpu"], "no CUDA GPU"),
+    (["--digits", "3"], "--digits must be"), (["--slip", "1"], "--slip is"), (["--search_every", "-1"], "--search_every"),
+    (["--hidden_size", "90"], "--hidden_size must be"), (["--num_ops", "1"], "at most a tenth"),
+    (["--score", "batch_kl"], "--method effopd"), (["--method", "opd", "--accept", "ge"], "no use for it"),
+    (["--nonsense", "1"], "--nonsense"),
 ])
 def test_bad_settings_end_in_one_line(args, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -390,13 +401,21 @@ def test_bad_settings_end_in_one_line(args, words, capsys):
     assert stopped.value.code not in (0, None) and "\n" not in said and words in said
 
 
+def test_the_gpu_preset_does_not_start_on_a_cpu_unasked(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--preset", "gpu"])
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
 def test_bad_directories_end_in_one_line(tmp_path, capsys):
     """A directory that is taken, one that holds no model, one whose model has another vocabulary."""
     GPT(GPTConfig(33, 16, 24, 1, 2)).save_pretrained(tmp_path / "other")
     GPT(GPTConfig(17, 16, 24, 1, 2, max_position_embeddings=8)).save_pretrained(tmp_path / "short")
     (tmp_path / "file").write_text("")
     toy = as_args(TOY | dict(cache_dir=tmp_path / "cache", method="opd"))
-    for args, words in [(["--out_dir", str(tmp_path)], "exists already"), (["--student", str(tmp_path)], "no config.json"),
+    for args, words in [(["--out_dir", str(tmp_path)], "exists already"),
+                        (["--student", str(tmp_path)], "no config.json"),
                         (["--student", str(tmp_path / "other")], "33 tokens, the task 17"),
                         (["--teacher", str(tmp_path / "short")], "too short"),
                         (["--cache_dir", str(tmp_path / "file")], "File exists")]:
