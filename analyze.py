@@ -41,8 +41,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from effopd import basis_alignment, module_of, reverse_kl, spectral_metrics
-from model import GPT
-from train import Chains, Config, evaluate, evaluation_problems, make_models, pack, pick_device, write_json
+from train import Chains, Config, evaluate, evaluation_problems, load_models, pack, pick_device, write_json
 
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
@@ -66,7 +65,10 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise ValueError(f"there is no directory {directory}")
         for path in sorted(self.directory.glob("model*.safetensors")):
-            file = safe_open(path, framework="pt")           # maps the file, reads nothing yet
+            try:
+                file = safe_open(path, framework="pt")       # maps the file, reads nothing yet
+            except SafetensorError as error:
+                raise ValueError(f"{path}: {error}") from None
             slices |= {name: file.get_slice(name) for name in file.keys()}
         if not slices:
             raise ValueError(f"{directory} holds no model*.safetensors: not a Hugging Face checkpoint")
@@ -824,11 +826,13 @@ def study_runs(args, out_dir) -> Study:
     weights = read_weights(base, points, whole={run.last for run in runs})
     config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
     task = Chains(config.num_ops, config.digits)
-    _, teacher = make_models(config, task)
-    model = GPT.from_pretrained(base.directory).to(config.device)
+    model, teacher = load_models(config, task)
+    w_0 = {name: base.read(name) for name in base.slices}
+    if not all(torch.equal(p.cpu(), w_0[name]) for name, p in model.named_parameters()):
+        print("warning: --cache_dir does not hold the base of these runs, so its teacher is not theirs either: "
+              "read the KLs with care", file=sys.stderr)
     measure = measure_with(model, teacher, task, evaluation_problems(config, task)[:args.problems])
 
-    w_0 = {name: base.read(name) for name in base.slices}
     common_norm = min(norm(weights, run.last, weights.svd) for run in runs)      # the smallest: no one is stretched
     rng = torch.Generator().manual_seed(0)
     noise = scaled_to({name: torch.randn(weights.shape[name], generator=rng) for name in weights.svd}, common_norm)
@@ -861,7 +865,7 @@ def main(args=None):
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         stop(error)
     questions = [norm_scaling, update_norms, utility, embeddings, spectrum, directions, low_rank, early_rescaled, paths]
     if not study.base:                                        # weights alone; and one checkpoint is no path

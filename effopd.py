@@ -41,7 +41,10 @@ import torch.nn.functional as F
 # micro-batches that are all given the whole batch's count add up to the whole batch's gradient.
 
 def reverse_kl(student_logits, teacher_logits, mask, num_tokens=None):
-    """Mean over tokens of KL(π || π*) = Σ_v π(v) [log π(v) - log π*(v)], in nats: a scalar. PAPER: the γ = 0 objective."""
+    """Mean over tokens of KL(π || π*) = Σ_v π(v) [log π(v) - log π*(v)], in nats: a scalar.
+
+    The objective of discount 0 over the full vocabulary; the paper trains with its sampled form, below.
+    """
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.detach().float(), dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                 # (B, T)
@@ -57,7 +60,7 @@ def reverse_kl_sampled(student_logits, teacher_logits, tokens, mask, discount=0.
     """
     log_p = F.log_softmax(student_logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]           # (B, T)
     log_q = F.log_softmax(teacher_logits.detach().float(), dim=-1).gather(-1, tokens[..., None])[..., 0]  # (B, T)
-    coefficient = torch.where(mask.bool(), log_p.detach() - log_q, 0.0)
+    coefficient = (log_p.detach() - log_q) * mask
     for t in reversed(range(coefficient.shape[1] - 1) if discount else ()):
         coefficient[:, t] += discount * coefficient[:, t + 1]                    # return-to-go
     return masked_mean(coefficient * log_p, mask, num_tokens)
@@ -102,9 +105,9 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 
 def masked_mean(values, mask, num_tokens=None):
-    """Σ of values where mask is set, over num_tokens. Values outside the mask may be anything, NaN included."""
+    """Σ of values where mask is set, over num_tokens."""
     num_tokens = mask.sum() if num_tokens is None else num_tokens
-    return torch.where(mask.bool(), values, 0.0).sum() / max(num_tokens, 1)
+    return (values * mask).sum() / max(num_tokens, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -131,7 +134,8 @@ class EffOPD:
         every rank must call `step`, and the mean of the ranks' scores decides for all of them.
     accept: "gt", a candidate must score higher than the last one kept; "ge", not lower.
     candidates: "linear", W_t + 2kΔ (the paper's); "doubling", W_t + 2^k Δ; for k = 1 .. num_candidates.
-    scope: "attention+mlp" or "mlp" matrices, or "all" trainable parameters.
+    scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES: the names of Llama, Qwen, GPT-2 and their like), or
+        "all" trainable parameters.
     first_trigger: searches at this step and its doublings. every: also at each multiple of this (0: off).
     optimizer: its state for the moved weights is dropped after a jump (None: kept).
     utility_gate: a jump leaves out the matrices whose utility (see `module_utility`) is not positive.
@@ -139,13 +143,13 @@ class EffOPD:
     seed: of the random states that the candidates are scored under.
 
     Costs three copies of the weights in scope while searching, two (W_prev and Δ) in between. ValueError for a wrong
-    option, and from `step` if utility_gate finds no gradients.
+    option, for a model that has nothing in scope, and from `step` if utility_gate finds no gradients.
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",
                  first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None, seed=0):
-        for name, value, allowed in [("accept", accept, ("gt", "ge")), ("candidates", candidates, ("linear", "doubling")),
-                                     ("scope", scope, (*SCOPES, "all"))]:
+        for name, value, allowed in [("accept", accept, ("gt", "ge")), ("scope", scope, (*SCOPES, "all")),
+                                     ("candidates", candidates, ("linear", "doubling"))]:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, value, least in [("num_candidates", num_candidates, 1), ("first_trigger", first_trigger, 1),
@@ -197,20 +201,21 @@ class EffOPD:
 
         def place(multiple):
             for p, now, before, moved in zip(self.parameters.values(), current, self.previous, moves):
-                p.copy_(now + multiple * (now - before) if multiple and moved else now)      # W_t + multiple * Δ
+                p.copy_(now + float(multiple) * (now - before) if multiple and moved else now)   # W_t + multiple * Δ
 
-        scores, kept, stopped, search = [], 0, "all candidates accepted", [0, *self.multiples]
+        device, scores, kept, stopped = current[0].device, [], 0, "all candidates accepted"
+        search = [0, *self.multiples]
         if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
             stopped, search = "alignment below the gate", []
         try:
             for k, multiple in enumerate(search):
                 place(multiple)
-                if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), current[0].device) < 1:
+                if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), device) < 1:
                     scores.append(math.nan)
                     stopped = "weights not finite"
                     break
-                with undisturbed(self.model, seed=self.seed * 1_000_003 + t):
-                    scores.append(mean_over_ranks(self.validate(self.model), current[0].device))
+                with undisturbed(self.model, seed=(self.seed * 1_000_003 + t) % 2 ** 63):
+                    scores.append(mean_over_ranks(self.validate(self.model), device))
                 if not math.isfinite(scores[-1]):
                     stopped = "score not finite"
                     break
@@ -233,7 +238,9 @@ class EffOPD:
             "delta_norm": float(sum(d.float().square().sum() for d in delta) ** 0.5),
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
-        self.previous, self.delta = self.copy_weights(), delta               # W_prev: after the jump
+        for kept_weights, p in zip(current, self.parameters.values()):
+            kept_weights.copy_(p)
+        self.previous, self.delta = current, delta            # W_prev: after the jump
         self.history.append(record)
         return record
 
@@ -266,11 +273,15 @@ def mean_over_ranks(value, device) -> float:
 
 @contextmanager
 def undisturbed(model, seed: int):
-    """Evaluation mode, no gradients and a random state of its own; afterwards everything is as it was."""
+    """Evaluation mode, no gradients, random states of its own (Python's, NumPy's, torch's on CPU and CUDA).
+
+    Afterwards modes, buffers and random states are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
         random.seed(seed), np.random.seed(seed % 2 ** 32), torch.manual_seed(seed)
         model.eval()
         try:

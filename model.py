@@ -7,7 +7,7 @@ One decoder-only transformer covers three families, because they differ in two s
     Qwen3                                             RMSNorm on every head's q and k
 
 Modules carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so a checkpoint
-loads without a mapping and what is saved here loads in transformers, TRL and vLLM.
+loads without a mapping, and what is saved here loads in transformers and in what builds on it.
 
     model = GPT.from_pretrained("path/to/checkpoint")         # or a repository id
     logits = model(input_ids)                                 # (B, T) -> (B, T, V)
@@ -45,6 +45,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False                # q, k and v have a bias (Qwen2)
     qk_norm: bool = False                       # RMSNorm on each head's q and k (Qwen3)
+    eos_token_id: int | list[int] | None = None  # carried along for those who load the model; not used here
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -78,7 +79,7 @@ class GPTConfig:
             max_position_embeddings=hf.max_position_embeddings, rope_theta=theta,
             rope_scaling=rope if kind == "llama3" else None, rms_norm_eps=hf.rms_norm_eps,
             tie_word_embeddings=hf.tie_word_embeddings,
-            attention_bias=hf.model_type == "qwen2", qk_norm=hf.model_type == "qwen3")
+            attention_bias=hf.model_type == "qwen2", qk_norm=hf.model_type == "qwen3", eos_token_id=hf.eos_token_id)
 
     def to_hf(self):
         """The transformers config of the family that this shape belongs to."""
@@ -94,7 +95,7 @@ class GPTConfig:
             num_key_value_heads=self.num_key_value_heads, head_dim=self.head_dim,
             max_position_embeddings=self.max_position_embeddings, rms_norm_eps=self.rms_norm_eps,
             rope_parameters={"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta},
-            tie_word_embeddings=self.tie_word_embeddings, bos_token_id=None, eos_token_id=None)
+            tie_word_embeddings=self.tie_word_embeddings, bos_token_id=None, eos_token_id=self.eos_token_id)
 
 
 class RMSNorm(nn.Module):
@@ -266,8 +267,11 @@ class GPT(nn.Module):
         temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
         generator: a torch.Generator on the model's device; None draws from the global random state.
         eos_token_id: an id, several, or None for "never ends".
-        Stops when every row has ended. ValueError for an empty prompt or one that does not fit the context.
+        Stops when every row has ended. ValueError for an empty prompt, for one that does not fit the context, and for
+        a negative temperature.
         """
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
         B, lengths = len(prompts), [len(p) for p in prompts]
         longest = max(lengths, default=0)
         if B == 0 or min(lengths) == 0:
@@ -321,17 +325,16 @@ class GPT(nn.Module):
         files = sorted(directory.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{directory} has no model.safetensors (other weight formats are not read)")
-        config = GPTConfig.from_hf(AutoConfig.from_pretrained(directory))
-        state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        with torch.device("meta"):                            # no time spent on random weights
-            model = cls(config)
         try:
+            config = GPTConfig.from_hf(AutoConfig.from_pretrained(directory))
+            state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
+            with torch.device("meta"):                        # no time spent on random weights
+                model = cls(config)
+            if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+                state["lm_head.weight"] = state["model.embed_tokens.weight"]
             model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{directory}: weights and config.json do not match: "
-                             + " ".join(str(error).split())[:300]) from None
+        except Exception as error:                            # a broken file can raise anything
+            raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         model.tie_weights()                                   # assign=True made two parameters of one
         return model
 

@@ -24,14 +24,20 @@ Departures from arXiv:2605.11739, beside those of effopd.py:
 import copy
 import hashlib
 import json
+import math
 import os
 import random
-import shutil
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
+
+# Before torch is imported: OpenMP's threads wait for each other by spinning, which makes small operations four times
+# slower when anything else runs on the cores. Giving up early costs about a tenth on an idle machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import tiktoken
 import torch
@@ -54,56 +60,68 @@ def setting(default, help):
 @dataclass
 class Run:
     _argument_group_name = "the run"
-    method: Literal["race", "opd", "effopd", "rl", "sft"] = setting("race", "race: OPD, the paper's EffOPD and EffOPD with batch KL and doubling candidates, one after the other; rl: GRPO, the reward is 1 for a right answer; sft: cross-entropy on the teacher's answers")
-    preset: Literal["laptop", "gpu"] = setting("laptop", "defaults for everything below; gpu: a 25 M student, two-digit chains of 8 operations")
+    method: Literal["race", "opd", "effopd", "rl", "sft"] = setting(
+        "race", "opd, effopd, rl (GRPO, rewarded for right answers) and sft (cross-entropy on the teacher's answers) "
+        "are single runs; race: OPD, then EffOPD as in the paper (accuracy on 50 problems, 2k, 5 candidates), then "
+        "EffOPD by batch KL (doubling, 8 candidates)")
+    preset: Literal["laptop", "gpu"] = setting(
+        "laptop", "sets the defaults below; gpu: a 25 M student on two-digit chains of 8 operations")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a CUDA GPU where there is one")
-    seed: int = setting(0, "of the training problems, the rollouts and D_v; base, teacher and evaluation stay the same")
-    out_dir: str = setting("", "the run's directory, must be new; empty: runs/METHOD, or runs/METHOD-2 ... if that is taken")
+    seed: int = setting(0, "of training problems, rollouts and D_v; base, teacher and evaluation do not depend on it")
+    out_dir: str = setting("", "the run's directory, must be new; empty: the first free one of runs/METHOD, "
+                           "runs/METHOD-2, ...")
     cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
 
 
 @dataclass
 class Models:
     _argument_group_name = "the task and the two models"
-    gap: Literal["slip", "skill"] = setting("slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the teacher's own training")
+    gap: Literal["slip", "skill"] = setting(
+        "slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the "
+        "teacher's own training (changes the defaults of base_steps and teacher_steps)")
     num_ops: int = setting(5, "operations in a chain")
     digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
-    slip: float = setting(0.2, "probability that a step of the base's training data is wrong (--gap slip)")
+    slip: float = setting(0.2, "gap slip: probability that a step of the base's training data is wrong")
     hidden_size: int = setting(96, "width of the model")
-    num_hidden_layers: int = setting(3, "its layers")
-    num_attention_heads: int = setting(4, "its attention heads")
-    intermediate_size: int = setting(256, "width of its MLP")
-    base_steps: int = setting(1000, "supervised steps that make the base (--gap skill: the step of the clean run that is the base)")
-    base_lr: float = setting(3e-3, "their peak learning rate")
-    base_batch_size: int = setting(64, "their worked examples a step")
-    teacher_steps: int = setting(150, "further clean steps that make the teacher (--gap skill: the rest of the clean run)")
-    teacher_lr: float = setting(1e-3, "their peak learning rate (--gap slip)")
-    student: str = setting("", "directory of another student, a Hugging Face checkpoint with this task's vocabulary; empty: the built-in base")
+    num_hidden_layers: int = setting(3, "layers of the model")
+    num_attention_heads: int = setting(4, "attention heads of the model")
+    intermediate_size: int = setting(256, "width of the model's MLP")
+    base_steps: int = setting(1000, "supervised steps that make the base")
+    base_lr: float = setting(3e-3, "peak learning rate of the base's training (gap skill: of the teacher's too)")
+    base_batch_size: int = setting(64, "worked examples a step of the base's and the teacher's training")
+    teacher_steps: int = setting(150, "further supervised steps, without slips, that make the teacher of the base")
+    teacher_lr: float = setting(1e-3, "gap slip: peak learning rate of the teacher's training")
+    student: str = setting("", "directory of another student, a Hugging Face checkpoint with this task's vocabulary; "
+                           "empty: the built-in base")
     teacher: str = setting("", "directory of another teacher; empty: the built-in one")
 
 
 @dataclass
 class Distillation:
     _argument_group_name = "distillation"
-    steps: int = setting(40, "optimiser steps")
+    steps: int = setting(32, "optimiser steps")
     lr: float = setting(1e-4, "learning rate, constant")
     batch_size: int = setting(128, "rollouts a step, one a prompt (--method rl: group_size a prompt)")
     group_size: int = setting(8, "answers to one prompt, compared with each other (--method rl)")
-    loss: Literal["full", "sampled", "sequence", "top_k"] = setting("full", "reverse KL over the full vocabulary; on the sampled tokens (discount 0: the paper's); its exact sequence gradient (discount 1); over the student's top k and a tail bucket")
+    loss: Literal["full", "sampled", "sequence", "top_k"] = setting(
+        "full", "the reverse KL. full: over the whole vocabulary; sampled: on the sampled tokens, discount 0 (the "
+        "paper's); sequence: likewise, discount 1; top_k: over the student's top k and a bucket for the rest")
     top_k: int = setting(4, "k of --loss top_k")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    eval_every: int = setting(2, "steps between evaluations (not counted in a run's seconds)")
-    eval_size: int = setting(1000, "problems in an evaluation, one sampled answer each")
+    eval_every: int = setting(2, "steps between evaluations, which do not count towards a run's seconds")
+    eval_size: int = setting(500, "problems in an evaluation, one sampled answer each")
 
 
 @dataclass
 class Search:
-    _argument_group_name = "EffOPD's search (--method effopd; the race sets score, candidates and num_candidates itself)"
-    score: Literal["accuracy", "rollout_kl", "batch_kl"] = setting("accuracy", "of a candidate: accuracy on D_v (the paper's); -KL to the teacher on fresh answers to D_v; -KL on the batch just trained on")
+    _argument_group_name = "EffOPD's search, for --method effopd"
+    score: Literal["accuracy", "rollout_kl", "batch_kl"] = setting(
+        "accuracy", "of a candidate. accuracy: on D_v (the paper's); rollout_kl: -KL to the teacher on fresh answers "
+        "to D_v; batch_kl: -KL on the batch just trained on")
     candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
     num_candidates: int = setting(5, "candidates at most")
     dv_size: int = setting(50, "problems in D_v")
-    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt) or not lower (ge) than the last one kept")
+    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt), not lower (ge), than the last kept")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
@@ -113,14 +131,14 @@ class Search:
 
 
 @dataclass
-class Config(Run, Models, Distillation, Search):
+class Config(Search, Distillation, Models, Run):
     """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
 
     def __post_init__(self):
         for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr", "batch_size",
-                     "group_size", "top_k", "max_grad_norm",
-                     "eval_every", "eval_size", "num_candidates", "dv_size", "first_trigger"):
+                     "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr",
+                     "batch_size", "group_size", "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates",
+                     "dv_size", "first_trigger"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
         if self.digits not in (1, 2):
@@ -137,27 +155,34 @@ class Config(Run, Models, Distillation, Search):
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
                              f"{2 * self.num_attention_heads}, got {self.hidden_size}")
+        space = 10 ** self.digits * (2 * 10 ** self.digits + 10) ** self.num_ops
+        if self.eval_size > space // 10:
+            raise ValueError(f"--eval_size {self.eval_size}: there are {space:,} chains of {self.num_ops} operations, "
+                             f"and at most a tenth of them may be held out")
         for name in ("student", "teacher"):
             if getattr(self, name) and not Path(getattr(self, name)).is_dir():
                 raise ValueError(f"--{name}: there is no directory {getattr(self, name)}")
-        self.device = str(pick_device(self.device))
+        device = str(pick_device(self.device))
+        if self.preset == "gpu" and self.device == "auto" and device == "cpu":
+            raise ValueError("--preset gpu: this torch sees no CUDA GPU; --device cpu trains it on the CPU, for days")
+        self.device = device
 
 
-PRESETS = {
-    "laptop": {},
-    "gpu": dict(num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
-                base_steps=2000, base_lr=6e-4, base_batch_size=128, teacher_steps=200, teacher_lr=2e-4, lr=2e-5),
+PRESETS = {  # defaults by preset and gap
+    ("laptop", "slip"): {},
+    ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
 }
+GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
+    num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+    base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
+PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
-GAPS = {  # defaults that follow from what the student lacks
-    "slip": {},
-    "skill": dict(base_steps=250, base_lr=3e-3, teacher_steps=350),
-}
-
-RACE = {  # name: (directory, what differs from the race's other settings)
+RACE = {  # name: (directory, how it differs from the others)
     "OPD": ("opd", dict(method="opd")),
     "EffOPD, paper": ("effopd", dict(method="effopd", score="accuracy", candidates="linear", num_candidates=5)),
-    "EffOPD, batch KL": ("effopd-batch-kl", dict(method="effopd", score="batch_kl", candidates="doubling", num_candidates=8)),
+    "EffOPD, batch KL": ("effopd-batch-kl", dict(method="effopd", score="batch_kl", candidates="doubling",
+                                                 num_candidates=8)),
 }
 
 
@@ -176,16 +201,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def parse_config(args=None) -> Config:
-    parser = HfArgumentParser([Run, Models, Distillation, Search], description=__doc__.split("\n\n")[0],
-                              usage="python train.py [--SETTING VALUE ...]", allow_abbrev=False)
-    parser.error = stop
-    first = parser.parse_known_args(args)[0]
-    parser.set_defaults(**GAPS[first.gap] | PRESETS[first.preset])
+    groups = [Run, Models, Distillation, Search]
+    first = HfArgumentParser(groups, add_help=False, allow_abbrev=False)
+    parser = HfArgumentParser(groups, description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                              usage="python train.py [--SETTING VALUE ...]")
+    first.error = parser.error = stop
+    chosen = first.parse_known_args(args)[0]
+    parser.set_defaults(**PRESETS[chosen.preset, chosen.gap])
     config = vars(parser.parse_args(args))
-    if config["method"] == "race":
-        for name in ("score", "candidates", "num_candidates"):
-            if config[name] != parser.get_default(name):
-                stop(f"--{name} is set by the race itself; give it to --method effopd")
+    method, owners = config["method"], {f.name: ("effopd",) for f in fields(Search)} | {
+        "group_size": ("rl",), "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
+    for f in (*fields(Search), *fields(Distillation)):
+        if method not in owners.get(f.name, (method,)) and config[f.name] != f.default:
+            stop(f"--{f.name} is a setting of --method {owners[f.name][-1]}; --method {method} has no use for it")
     try:
         return Config(**config)
     except ValueError as error:
@@ -271,58 +299,72 @@ def pack(prompts, answers, device) -> Batch:
     return Batch(ids.to(device), ((columns >= starts) & (columns < ends)).to(device))
 
 
-def fit(model, task, steps, lr, batch_size, slip, rng, exclude, label, first=0, last=None):
-    """Supervised training on worked examples: steps first + 1 .. last of a run of `steps` (warm-up, then linear to 5%)."""
-    device, last = model.device, last or steps
+def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None)):
+    """Supervised training on worked examples: 30 steps of warm-up, then linear to 5%.
+
+    snapshot: (step, directory) saves the model as it is after that step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    for step in tqdm(range(first + 1, last + 1), desc=label, unit="step", dynamic_ncols=True):
+    for step in tqdm(range(1, steps + 1), desc=label, unit="step", dynamic_ncols=True):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 30, 1 - 0.95 * step / steps)
-        problems = task.problems(batch_size, rng, exclude)
+        problems = task.problems(config.base_batch_size, rng, exclude)
         batch = pack([task.encode(p) for p in problems],
-                     [task.encode(task.solve(p, slip, rng)) + [task.end] for p in problems], device)
-        logits = model(batch.ids[:, :-1])                                                                # (B, T-1, V)
+                     [task.encode(task.solve(p, slip, rng)) + [task.end] for p in problems], model.device)
+        logits = model(batch.ids[:, :-1])                                                  # (B, T-1, V)
         loss = F.cross_entropy(logits[batch.mask], batch.ids[:, 1:][batch.mask])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if step == snapshot[0]:
+            model.save_pretrained(snapshot[1])
 
 
-def make_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
+def make_base_and_teacher(config: Config, task: Chains, directory: Path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+                          config.num_attention_heads, eos_token_id=task.end)).to(config.device)
+    rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
+    if config.gap == "slip":
+        fit(model, task, config, config.base_steps, config.base_lr, config.slip, rng, exclude, "base")
+        model.save_pretrained(directory / "base")
+        fit(model, task, config, config.teacher_steps, config.teacher_lr, 0.0, rng, exclude, "teacher")
+    else:                                                     # one clean run; the base is what it was early on
+        fit(model, task, config, config.base_steps + config.teacher_steps, config.base_lr, 0.0, rng, exclude,
+            "base and teacher", snapshot=(config.base_steps, directory / "base"))
+    model.save_pretrained(directory / "teacher")
+
+
+def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
     """The student to start from and its teacher: from the cache, made first if they are not there yet."""
     recipe = {name: getattr(config, name) for name in (
-        "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads", "eval_size",
         "intermediate_size", "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr")}
+    recipe["version"] = 1                                     # to be raised when the training above changes
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:10]
     home = Path(config.cache_dir) / f"{config.gap}-{key}"
     if not (config.student and config.teacher) and not home.exists():
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                              config.num_attention_heads)).to(config.device)
-        rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
-        scratch = home.with_name(f"{home.name}.{os.getpid()}")  # renamed when complete: no half-made model is ever read
-        if config.gap == "slip":
-            fit(model, task, config.base_steps, config.base_lr, config.base_batch_size, config.slip, rng, exclude, "base")
-            model.save_pretrained(scratch / "base")
-            fit(model, task, config.teacher_steps, config.teacher_lr, config.base_batch_size, 0.0, rng, exclude, "teacher")
-        else:                                                 # one clean run; the base is what it was early on
-            whole = config.base_steps + config.teacher_steps
-            args = task, whole, config.base_lr, config.base_batch_size, 0.0, rng, exclude
-            fit(model, *args, "base", last=config.base_steps)
-            model.save_pretrained(scratch / "base")
-            fit(model, *args, "teacher", first=config.base_steps)
-        model.save_pretrained(scratch / "teacher")
-        (scratch / "recipe.json").write_text(json.dumps(recipe, indent=2))
-        try:
-            scratch.rename(home)
-        except OSError:                                       # another process was first
-            shutil.rmtree(scratch)
-    models = [GPT.from_pretrained(directory or home / name).to(config.device)
-              for name, directory in (("base", config.student), ("teacher", config.teacher))]
-    for option, model in zip(("student", "teacher"), models):
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=config.cache_dir, prefix="unfinished-") as scratch:
+            made = Path(scratch) / "models"
+            make_base_and_teacher(config, task, made)
+            write_json(made / "recipe.json", recipe)
+            try:
+                made.rename(home)                             # all or nothing: no half-made model is ever read
+            except OSError:
+                if not home.exists():                         # else another process was first, with the same
+                    raise
+    models = []
+    for option, built_in in (("student", "base"), ("teacher", "teacher")):
+        directory = getattr(config, option) or home / built_in
+        model = GPT.from_pretrained(directory).to(config.device)
         if model.config.vocab_size != task.vocab_size:
             raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
+        if model.config.max_position_embeddings < task.max_prompt + task.max_response:
+            raise ValueError(f"--{option}: a context of {model.config.max_position_embeddings} tokens is too short for "
+                             f"problems and answers of up to {task.max_prompt + task.max_response}")
+        models.append(model)
     return models[0], models[1].requires_grad_(False)
 
 
@@ -347,8 +389,9 @@ def evaluation_problems(config, task) -> list[str]:
 
 def evaluate(model, task, problems) -> tuple[float, list[list[int]]]:
     """Accuracy of one sampled answer to each problem, always under the same random numbers; and the answers."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    answers = [a for i in range(0, len(problems), 500) for a in answer(model, task, problems[i:i + 500], generator)]
+    generator, answers = torch.Generator(model.device), []
+    for i in range(0, len(problems), 500):
+        answers += answer(model, task, problems[i:i + 500], generator.manual_seed(i))
     return accuracy(task, problems, answers), answers
 
 
@@ -366,7 +409,7 @@ class Score:
     def __call__(self, model) -> float:
         if self.kind == "batch_kl":                           # answers and teacher logits are at hand: one forward pass
             batch, teacher_logits = self.last_batch
-        else:                                                 # fresh answers; EffOPD seeds them alike for all candidates
+        else:                                                 # fresh answers, seeded alike for all candidates
             answers = answer(model, self.task, self.problems)
             if self.kind == "accuracy":
                 self.tokens += sum(map(len, answers))
@@ -395,13 +438,40 @@ def loss_of(config, student_logits, teacher_logits, batch, rewards):
                               discount=1.0 if config.loss == "sequence" else 0.0)
 
 
+def train_step(config, task, student, teacher, optimizer, problems, generator):
+    """One step on these problems. Returns the batch, the teacher's logits and what the log has of the step.
+
+    The gradients are left where they are: zero them before the next step.
+    """
+    if config.method == "rl":                                 # neighbours are a group
+        problems = [p for p in problems for _ in range(config.group_size)]
+    answers = answer(teacher if config.method == "sft" else student, task, problems, generator)    # y ~ π (sft: π*)
+    batch = pack([task.encode(p) for p in problems], answers, student.device)
+    with torch.no_grad():
+        teacher_logits = teacher(batch.ids[:, :-1])           # (B, T-1, V); rl and sft: only for the kl in the log
+    student_logits = student(batch.ids[:, :-1])                                            # (B, T-1, V)
+    rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])  # (B,)
+    loss = loss_of(config, student_logits, teacher_logits, batch, rewards.to(student.device))
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()}; try a lower --lr")
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+    optimizer.step()
+    kl = reverse_kl(student_logits.detach(), teacher_logits, batch.mask)
+    return batch, teacher_logits, dict(loss=loss.item(), kl=kl.item(), reward=rewards.mean().item(),
+                                       grad_norm=grad_norm.item(), lr=config.lr)
+
+
+def make_optimizer(config, student):
+    return torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
 def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path, label: str) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary."""
     held_out = evaluation_problems(config, task)
-    exclude = set(held_out)
-    rng = random.Random(f"training {config.seed}")
+    exclude, rng = set(held_out), random.Random(f"training {config.seed}")
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(config, student)
     score = Score(config, task, teacher, task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), exclude))
     effopd = None
     if config.method == "effopd":
@@ -410,59 +480,47 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
                         every=config.search_every, optimizer=optimizer if config.reset_moments else None,
                         utility_gate=config.utility_gate,
                         alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
-    out_dir.mkdir(parents=True)
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
 
     student_tokens, seconds, searches = 0, 0.0, []
     first_accuracy, before = evaluate(student, task, held_out)
-    curve = [dict(step=0, accuracy=first_accuracy, student_tokens=0, seconds=0.0)]
+    curve = [dict(step=0, accuracy=first_accuracy, tokens=0, seconds=0.0)]
     bar = tqdm(range(1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True)
     for step in bar:
         start = time.perf_counter()
-        copies = config.group_size if config.method == "rl" else 1
-        problems = [p for p in task.problems(config.batch_size // copies, rng, exclude) for _ in range(copies)]
-        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)  # y ~ π (sft: π*)
-        batch = pack([task.encode(p) for p in problems], answers, student.device)
-        with torch.no_grad():
-            teacher_logits = teacher(batch.ids[:, :-1])       # (B, T-1, V); rl and sft: only for the kl in the log
-        student_logits = student(batch.ids[:, :-1])                                        # (B, T-1, V)
-        rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])
-        loss = loss_of(config, student_logits, teacher_logits, batch, rewards.to(student.device))
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-        optimizer.step()
-        kl = reverse_kl(student_logits.detach(), teacher_logits, batch.mask).item()
+        problems = task.problems(config.batch_size // (config.group_size if config.method == "rl" else 1), rng, exclude)
+        try:
+            batch, teacher_logits, line = train_step(config, task, student, teacher, optimizer, problems, generator)
+        except FloatingPointError as error:
+            raise ValueError(f"step {step}: {error}. The run so far is in {out_dir}") from None
         seconds += time.perf_counter() - start
 
         if step.bit_count() == 1:                             # 1, 2, 4, 8, ...: before a jump
             save_checkpoint(student, out_dir / "checkpoints" / f"step_{step:06d}")
         if effopd is not None:
-            start = time.perf_counter()
+            start, tokens_before = time.perf_counter(), score.tokens
             score.last_batch = batch, teacher_logits
-            tokens_before = score.tokens
             search = effopd.step(step)
+            seconds += time.perf_counter() - start
             if search is not None:
                 searches.append(search | {"tokens": score.tokens - tokens_before})
                 append_json(out_dir / "search.jsonl", searches[-1])
-            seconds += time.perf_counter() - start
         optimizer.zero_grad()                                 # after the search, which reads the gradients
 
-        student_tokens += sum(map(len, answers))
-        line = dict(step=step, loss=loss.item(), kl=kl, reward=rewards.mean().item(), grad_norm=grad_norm.item(),
-                    lr=config.lr, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
+        student_tokens += int(batch.mask.sum())
+        line = dict(step=step, **line, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
         if step % config.eval_every == 0 or step == config.steps:
             line["accuracy"], after = evaluate(student, task, held_out)
-            curve.append(dict(step=step, accuracy=line["accuracy"], student_tokens=student_tokens + score.tokens,
+            curve.append(dict(step=step, accuracy=line["accuracy"], tokens=student_tokens + score.tokens,
                               seconds=seconds))
         append_json(out_dir / "log.jsonl", line)
-        bar.set_postfix(kl=f"{kl:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
+        bar.set_postfix(kl=f"{line['kl']:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
 
     save_checkpoint(student, out_dir / "checkpoints" / "final")
-    last = [point["accuracy"] for point in curve[-3:]]
     summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                   final_accuracy=sum(last) / len(last), student_tokens=student_tokens + score.tokens,
-                   validation_tokens=score.tokens, seconds=seconds,
+                   final_accuracy=fmean(point["accuracy"] for point in curve[1:][-3:]),
+                   tokens=student_tokens + score.tokens, validation_tokens=score.tokens, seconds=seconds,
                    searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in searches],
                    curve=curve, examples=examples(task, held_out, before, after))
     write_json(out_dir / "summary.json", summary)
@@ -480,61 +538,62 @@ def examples(task, problems, before, after, n=3) -> list[dict]:
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
 def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
-    out_dir.mkdir(parents=True)
+    rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
+    train_step(config, task, rehearsal, teacher, make_optimizer(config, rehearsal),
+               task.problems(config.batch_size, random.Random(0)), None)
     runs = {}
     for name, (directory, settings) in RACE.items():
-        own = Config(**asdict(config) | settings)
-        runs[name] = distil(own, task, copy.deepcopy(student), teacher, out_dir / directory, name)
-    summary = dict(config=asdict(config) | {"versions": versions(config.device)},
-                   target=runs["OPD"]["final_accuracy"], methods=compare(runs))
+        (out_dir / directory).mkdir()
+        runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
+                            out_dir / directory, name)
+    summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
 
 
 def first_at(curve, target) -> dict | None:
     """The first point of an evaluation curve, step 0 aside, that is at the target accuracy."""
-    return next((point for point in curve[1:] if point["accuracy"] >= target), None)
+    return next((point for point in curve[1:] if point["accuracy"] >= target - 1e-9), None)
 
 
 def compare(runs: dict) -> dict:
-    """What each run took to the accuracy that OPD ends with (mean of its last three evaluations), validation included."""
+    """What each run took, validation included, to the target: the accuracy that OPD ends with."""
     target, methods = runs["OPD"]["final_accuracy"], {}
+    opd = first_at(runs["OPD"]["curve"], target)
     for name, run in runs.items():
-        methods[name] = {"final_accuracy": run["final_accuracy"], "reached": first_at(run["curve"], target),
-                         "searches": run["searches"], "curve": run["curve"], "examples": run["examples"]}
-    for method in methods.values():
-        opd, own = methods["OPD"]["reached"], method["reached"]
-        method["speed_up"] = opd and own and {unit: opd[unit] / own[unit] for unit in ("step", "student_tokens", "seconds")}
-    return methods
+        own = first_at(run["curve"], target)
+        methods[name] = {key: run[key] for key in ("final_accuracy", "searches", "curve", "examples")} | {
+            "reached": own, "speed_up": own and {unit: opd[unit] / own[unit] for unit in ("step", "tokens", "seconds")}}
+    return dict(target=target, methods=methods)
 
 
 def print_run(summary):
     print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after "
-          f"{summary['steps']} steps, {summary['student_tokens']:,} student tokens, {summary['seconds']:.1f} s\n")
+          f"{summary['steps']} steps, {summary['tokens']:,} student tokens, {summary['seconds']:.1f} s\n")
     for target in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         point = first_at(summary["curve"], target)
-        print(f"  to accuracy {target:.2f}: " + (f"{point['step']} steps, {point['student_tokens']:,} student tokens, "
+        print(f"  to accuracy {target:.2f}: " + (f"{point['step']} steps, {point['tokens']:,} student tokens, "
                                                f"{point['seconds']:.1f} s" if point else "not reached"))
 
 
 def print_race(summary):
-    print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n")
-    print(f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}    {'speed-up in steps':>18}{'tokens':>9}{'seconds':>9}")
-    for name, m in summary["methods"].items():
-        row = f"{name:18}{m['final_accuracy']:9.3f}"
-        if m["reached"]:
-            r, s = m["reached"], m["speed_up"]
-            row += f"{r['step']:9}{r['student_tokens']:10,}{r['seconds']:9.1f}    "
-            row += "".join(f"{s[unit]:{width}.1f}x" for unit, width in (("step", 17), ("student_tokens", 8), ("seconds", 8)))
+    print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n\n"
+          f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}"
+          f"{'speed-up in steps':>20}{'tokens':>9}{'seconds':>9}")
+    for name, method in summary["methods"].items():
+        row, point, speed_up = f"{name:18}{method['final_accuracy']:9.3f}", method["reached"], method["speed_up"]
+        if point is None:
+            print(row + "  did not reach it")
         else:
-            row += "  did not reach it"
-        print(row)
+            print(row + f"{point['step']:9}{point['tokens']:10,}{point['seconds']:9.1f}"
+                  f"{speed_up['step']:19.1f}x{speed_up['tokens']:8.1f}x{speed_up['seconds']:8.1f}x")
 
 
-def print_examples(examples):
-    print("\nThree problems that the student got wrong before, and its answers after:\n")
+def print_examples(label, examples):
+    print(f"\nProblems that the student got wrong before, and its answers after {label}:\n")
     for e in examples:
-        print(f"  {e['problem']}\n    before  {e['before']}  wrong\n    after   {e['after']}  {'right' if e['right'] else 'wrong'}")
+        print(f"  {e['problem']}\n    before  {e['before']}  wrong\n    after   {e['after']}  "
+              f"{'right' if e['right'] else 'wrong'}")
 
 
 def draw_race(summary, path):
@@ -585,35 +644,48 @@ def save_checkpoint(model, directory: Path):
     scratch.rename(directory)
 
 
-def new_directory(config) -> Path:
-    """--out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that does not exist: no run overwrites another."""
+def claim_directory(config) -> Path:
+    """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free: no run overwrites another."""
     if config.out_dir:
-        if Path(config.out_dir).exists():
-            stop(f"--out_dir {config.out_dir} exists already; name a new directory or remove it")
+        Path(config.out_dir).mkdir(parents=True)
         return Path(config.out_dir)
-    names = (f"{config.method}-{n}" if n > 1 else config.method for n in range(1, 10 ** 9))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    Path("runs").mkdir(exist_ok=True)
+    for n in range(1, sys.maxsize):
+        directory = Path("runs") / (f"{config.method}-{n}" if n > 1 else config.method)
+        try:
+            directory.mkdir()
+            return directory
+        except FileExistsError:
+            continue
 
 
 def main(args=None):
     config = parse_config(args)
-    out_dir = new_directory(config)
+    if config.out_dir and Path(config.out_dir).exists():      # said now, not after base and teacher were made
+        stop(f"--out_dir {config.out_dir} exists already; name a new directory or remove it")
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")            # TF32 on tensor cores
     task = Chains(config.num_ops, config.digits)
     try:
-        student, teacher = make_models(config, task)
-    except (ValueError, FileNotFoundError) as error:
+        student, teacher = load_models(config, task)
+        problems = evaluation_problems(config, task)
+        print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}, "
+              f"teacher {evaluate(teacher, task, problems)[0]:.3f}")
+        out_dir = claim_directory(config)
+        if config.method == "race":
+            summary = race(config, task, student, teacher, out_dir)
+            draw_race(summary, out_dir / "race.png")
+            label = list(RACE)[-1]
+            print_examples(label, summary["methods"][label]["examples"])
+            print_race(summary)
+            print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+        else:
+            summary = distil(config, task, student, teacher, out_dir, config.method)
+            print_examples(config.method, summary["examples"])
+            print_run(summary)
+            print(f"\nEverything is in {out_dir}")
+    except (ValueError, OSError) as error:
         stop(error)
-    if config.method == "race":
-        summary = race(config, task, student, teacher, out_dir)
-        print_examples(summary["methods"]["EffOPD, batch KL"]["examples"])
-        print_race(summary)
-        draw_race(summary, out_dir / "race.png")
-        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
-    else:
-        summary = distil(config, task, student, teacher, out_dir, config.method)
-        print_examples(summary["examples"])
-        print_run(summary)
-        print(f"\nEverything is in {out_dir}")
 
 
 if __name__ == "__main__":

@@ -311,7 +311,8 @@ def test_each_search_records_alignment_and_utility():
     assert record["alignment"] is None and record["utility"] == pytest.approx({"attn.weight": 2.0, "mlp.weight": 0.0})
     model.move_to(6.0, 4.0, gradient=(-2.0, 5.0))             # Δ = (3, 4)
     record = effopd.step(2)
-    assert record["alignment"] == pytest.approx(3 / 5) and record["utility"] == pytest.approx({"attn.weight": 2.0, "mlp.weight": -5.0})
+    assert record["alignment"] == pytest.approx(3 / 5)
+    assert record["utility"] == pytest.approx({"attn.weight": 2.0, "mlp.weight": -5.0})
     model.move_to(2.0, 7.0)                                   # Δ = (-4, 3), and the gradients are gone
     record = effopd.step(4)
     assert record["alignment"] == pytest.approx(0, abs=1e-7) and record["utility"] == {}
@@ -337,12 +338,13 @@ def test_alignment_gate_skips_the_search_and_remembers_the_way():
     model, seen = Two(), []
     effopd = EffOPD(model, lambda m: seen.append(m.at) or len(seen), num_candidates=1, alignment_gate=0.5)
     model.move_to(1.0, 0.0)
-    assert effopd.step(1)["accepted"] == 1 and model.at == [3, 0]                # the first has nothing to be compared with
+    assert effopd.step(1)["accepted"] == 1 and model.at == [3, 0]                # the first has nothing to compare with
     seen.clear()
     model.move_to(3.0, 1.0)                                   # at a right angle
     record = effopd.step(2)
     assert not seen and model.at == [3, 1] and effopd.previous[1].item() == 1
-    assert (record["stopped"], record["accepted"], record["multiple"], record["scores"]) == ("alignment below the gate", 0, 0, [])
+    assert record["stopped"] == "alignment below the gate"
+    assert (record["accepted"], record["multiple"], record["scores"]) == (0, 0, [])
     model.move_to(3.0, 2.0)                                   # on along the way of the search that was skipped
     assert effopd.step(4)["alignment"] == 1 and model.at == [3, 4] and len(seen) == 2
 

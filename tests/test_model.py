@@ -36,7 +36,7 @@ def tiny(seed=0, **settings):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_model_is_the_same_in_transformers(family, tmp_path):
-    model = tiny(**FAMILIES[family])
+    model = tiny(**FAMILIES[family], eos_token_id=4)
     model.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.config.model_type == family.split("-")[0].replace("llama3", "llama")
@@ -52,7 +52,7 @@ def test_saved_model_is_the_same_in_transformers(family, tmp_path):
 
     greedy = model.generate([ids[0, :7].tolist()], 64, temperature=0).tokens
     ref = theirs.generate(ids[:1, :7], attention_mask=torch.ones(1, 7), max_new_tokens=64, do_sample=False,
-                          eos_token_id=None, pad_token_id=0)
+                          eos_token_id=-1, pad_token_id=0)
     assert greedy[0].tolist() == ref[0, 7:].tolist()
 
     again = GPT.from_pretrained(tmp_path)
@@ -76,13 +76,23 @@ def test_checkpoint_saved_by_transformers_loads(tmp_path):
     ({"model_type": "gpt2"}, "llama, qwen2 and qwen3"), ({"hidden_act": "gelu"}, "activation 'gelu'"),
     ({"mlp_bias": True}, "bias in the MLP"), ({"attention_bias": True}, "bias in o_proj"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'linear'"),
-    ({"hidden_size": 64, "head_dim": 8}, "do not match"),
+    ({"hidden_size": 64, "head_dim": 8}, "size mismatch"), ({"hidden_size": "wide"}, "cannot be loaded"),
 ])
 def test_what_is_not_supported_is_refused_in_one_line(change, words, tmp_path):
     tiny().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=words) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file, content", [("config.json", b"{"), ("config.json", b"{}"),
+                                           ("model.safetensors", b"short")])
+def test_broken_files_are_refused_in_one_line(file, content, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
         GPT.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -99,7 +109,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_bfloat16_keeps_exact_angles():
     model = tiny().to(torch.bfloat16)
-    assert model.model.frequencies.dtype == torch.float32
+    assert torch.equal(model.model.frequencies, tiny().model.frequencies)
     assert model(torch.tensor([PROMPTS[1]])).dtype == torch.bfloat16
 
 
@@ -177,6 +187,8 @@ def test_no_new_tokens_and_bad_prompts():
         model.generate([[1], []], 5)
     with pytest.raises(ValueError, match="at least one prompt"):
         model.generate([], 5)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(PROMPTS, 5, temperature=-1.0)
     with pytest.raises(ValueError, match="context of 128"):
         model.generate([[1] * 100], 29)
 
