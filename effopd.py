@@ -195,13 +195,14 @@ class EffOPD:
         gradients = {name: p.grad for name, p in self.parameters.items()}
         utility = module_utility(gradients, dict(zip(self.parameters, delta)))
         alignment = None if self.delta is None else cosine(delta, self.delta)
+        self.delta = delta
         if self.utility_gate and not utility:
             raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
         moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
 
         def place(multiple):
-            for p, now, before, moved in zip(self.parameters.values(), current, self.previous, moves):
-                p.copy_(now + float(multiple) * (now - before) if multiple and moved else now)   # W_t + multiple * Δ
+            for p, now, direction, moved in zip(self.parameters.values(), current, delta, moves):
+                p.copy_(now + float(multiple) * direction if multiple and moved else now)   # W_t + multiple * Δ
 
         device, scores, kept, stopped = current[0].device, [], 0, "all candidates accepted"
         search = [0, *self.multiples]
@@ -235,12 +236,12 @@ class EffOPD:
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
             "accepted": kept, "multiple": reached, "stopped": stopped,
-            "delta_norm": float(sum(d.float().square().sum() for d in delta) ** 0.5),
+            "delta_norm": sum(dot(d, d) for d in delta) ** 0.5,
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
         for kept_weights, p in zip(current, self.parameters.values()):
             kept_weights.copy_(p)
-        self.previous, self.delta = current, delta            # W_prev: after the jump
+        self.previous = current                               # W_prev: after the jump
         self.history.append(record)
         return record
 
