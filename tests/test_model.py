@@ -57,6 +57,7 @@ def test_saved_model_is_the_same_in_transformers(family, tmp_path):
 
     again = GPT.from_pretrained(tmp_path)
     assert again.config == model.config
+    assert GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
     assert torch.equal(again(ids), model(ids))
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.config.tie_word_embeddings
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
