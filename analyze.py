@@ -663,7 +663,7 @@ def directions(study):
     figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
                           ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
                           ("the same at 10% of training", "k leading directions", "mean squared cosine"),
-                          ("solid: to the end; dashed: to what is left", "optimiser step t", "cosine of ΔW$_t$"))
+                          ("to the end (dashed: to what is left)", "optimiser step t", "cosine of ΔW$_t$"))
     draw(axes[0], study, lambda run: (run.steps, by_k[run].mean(1)), named=True)
     draw(axes[1], study, lambda run: (KS, by_k[run][run.early]))
     draw(axes[2], study, lambda run: (run.steps, cosine(run, 0)))
