@@ -471,7 +471,7 @@ def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
     for i, s in enumerate(stats.values()):
         axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
         top = s["mean"] + (s["half"] or 0)
-        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=8)
+        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(stats)), [label.replace(", ", "\n").replace(" ", "\n") for label in stats])
     axis.margins(y=0.25)
 
