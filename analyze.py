@@ -471,7 +471,7 @@ def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
     for i, s in enumerate(stats.values()):
         axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
         top = s["mean"] + (s["half"] or 0)
-        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=8)
+        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(stats)), [label.replace(", ", "\n").replace(" ", "\n") for label in stats])
     axis.margins(y=0.25)
 
@@ -663,7 +663,7 @@ def directions(study):
     figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
                           ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
                           ("the same at 10% of training", "k leading directions", "mean squared cosine"),
-                          ("solid: to the end; dashed: to what is left", "optimiser step t", "cosine of ΔW$_t$"))
+                          ("to the end (dashed: to what is left)", "optimiser step t", "cosine of ΔW$_t$"))
     draw(axes[0], study, lambda run: (run.steps, by_k[run].mean(1)), named=True)
     draw(axes[1], study, lambda run: (KS, by_k[run][run.early]))
     draw(axes[2], study, lambda run: (run.steps, cosine(run, 0)))

@@ -128,6 +128,8 @@ def test_a_random_walk_aligns_more_and_more_with_its_end():
         end, rest = cosines(gram, i, 3)
         assert end == pytest.approx((t / 64) ** 0.5, abs=0.03) and abs(rest) < 0.03
     assert cosines(torch.ones(2, 2).double(), 0, 1) == (1, 0)                    # already there
+    turn = torch.tensor([[1.0, 0.0], [2.0, 1.0]]).double()    # from (1, 0) on to (2, 1)
+    assert cosines(turn @ turn.T, 0, 1) == pytest.approx((2 / 5 ** 0.5, 0.5 ** 0.5))
 
 
 def test_principal_components_equal_numpys():
