@@ -125,8 +125,9 @@ class EffOPD:
         effopd = EffOPD(model, validate)                    # before training: it remembers W_0
         for t, batch in enumerate(batches, start=1):
             loss_of(model, batch).backward()
-            optimizer.step(); optimizer.zero_grad()
+            optimizer.step()
             effopd.step(t)                                  # searches at t = 1, 2, 4, 8, ...; else does nothing
+            optimizer.zero_grad()                           # after the search, which logs the modules' utility
 
     validate: model -> float, higher is better; for example the accuracy on 50 problems. It is called in evaluation
         mode, without gradients, with Python's, NumPy's and torch's random state seeded alike for all candidates of
