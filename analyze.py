@@ -159,6 +159,7 @@ def load_runs(directories):
             raise ValueError(f"{run} and {first} start from different weights: not comparable")
         variants[method_of(c)].add((c.lr, c.steps))          # runs that differ in these are no seeds of each other
     runs, points, order = [], [], ["OPD", "EffOPD", "EffOPD batch_kl", "EffOPD rollout_kl", "RL", "SFT"]
+    order += sorted({method_of(c) for c in configs.values()} - set(order))       # a score of somebody's own comes last
     for run, c in sorted(configs.items(), key=lambda item: (order.index(method_of(item[1])), item[1].lr)):
         label = method_of(c) + (f", lr {c.lr:g}, {c.steps} steps" if len(variants[method_of(c)]) > 1 else "")
         steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_??????"))

@@ -11,7 +11,8 @@ look further along it. After optimiser steps 1, 2, 4, 8, ...
     keep the last one before the score on a small validation set stops improving, else W_t
     W_prev = what was kept               so that no Δ ever contains a jump
 
-Everything here works on any torch.nn.Module and any training loop; nothing is imported from the other scripts.
+Everything here works on any torch.nn.Module (what a jump moves is found by name: see SCOPES) and in any training loop;
+nothing is imported from the other scripts.
 
 Where the paper is silent or says two things, this is what we chose:
   - a tie is a failure: accept="gt". The paper's formula has >=, its next sentence says "improve"; accept="ge" is there.
@@ -143,8 +144,9 @@ class EffOPD:
     alignment_gate: no search where cos(Δ, the last search's Δ) is below this (None: always search).
     seed: of the random states that the candidates are scored under.
 
-    Costs three copies of the weights in scope while searching, two (W_prev and Δ) in between. ValueError for a wrong
-    option, for a model that has nothing in scope, and from `step` if utility_gate finds no gradients.
+    Costs two copies of the weights in scope (W_prev and the last Δ), four when a search begins, three while it goes on.
+    ValueError for a wrong option, for a model that has nothing in scope, and from `step` if utility_gate finds no
+    gradients.
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",

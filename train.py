@@ -398,7 +398,7 @@ def evaluate(model, task, problems) -> tuple[float, list[list[int]]]:
 class Score:
     """validate(model) for EffOPD, higher is better, and a count of the response tokens that it ran through the student.
 
-    To add a score of your own, add a case here and its name to Search.score.
+    To add a score of your own, add a case to __call__ and its name to Search.score.
     """
 
     def __init__(self, config, task, teacher, problems):
