@@ -198,7 +198,7 @@ class EffOPD:
         gradients = {name: p.grad for name, p in self.parameters.items()}
         utility = module_utility(gradients, dict(zip(self.parameters, delta)))
         alignment = None if self.delta is None else cosine(delta, self.delta)
-        self.delta = delta
+        self.delta = delta                                    # now, not at the end: frees the old one for the search
         if self.utility_gate and not utility:
             raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
         moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
