@@ -253,10 +253,14 @@ class GPT(nn.Module):
 
         Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
         """
+        return self.lm_head(self.hidden_states(input_ids, attention_mask))
+
+    def hidden_states(self, input_ids, attention_mask=None):
+        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: chunked_reverse_kl)."""
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
-        return self.lm_head(self.model(input_ids, positions, mask))
+        return self.model(input_ids, positions, mask)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
