@@ -84,9 +84,10 @@ class Run:
 @dataclass
 class Models:
     _argument_group_name = "the task and the two models"
-    gap: Literal["slip", "skill"] = setting(
+    gap: Literal["slip", "skill", "habit"] = setting(
         "slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the "
-        "teacher's own training (changes the defaults of base_steps and teacher_steps)")
+        "teacher's own training (changes the defaults of base_steps and teacher_steps); habit: it errs, and the "
+        "teacher writes sums and products the other way round")
     num_ops: int = setting(5, "operations in a chain")
     digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
     slip: float = setting(0.2, "gap slip: probability that a step of the base's training data is wrong")
@@ -126,10 +127,15 @@ class Search:
     score: Literal["accuracy", "rollout_kl", "batch_kl"] = setting(
         "accuracy", "of a candidate. accuracy: on D_v (the paper's); rollout_kl: -KL to the teacher on fresh answers "
         "to D_v; batch_kl: -KL on the batch just trained on")
-    candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
+    candidates: Literal["linear", "doubling", "line"] = setting(
+        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, or back towards W_prev where further is worse")
     num_candidates: int = setting(5, "candidates at most")
     dv_size: int = setting(50, "problems in D_v")
-    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt), not lower (ge), than the last kept")
+    accept: Literal["gt", "ge", "always"] = setting(
+        "gt", "a candidate must score higher (gt), not lower (ge), than the last kept; always: whatever it scores")
+    direction: Literal["update", "random", "top", "tail"] = setting(
+        "update", "candidates lie along Δ or, of its norm in every matrix, a random direction, the leading tenth of "
+        "its singular directions, or the other nine")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
@@ -141,11 +147,12 @@ class Search:
 @dataclass
 class Sweep:
     _argument_group_name = "a grid of runs"
-    sweep: str = setting("", "settings and their values: \"lr=1e-5,1e-4 method=opd,effopd seed=0:5\" is 2 x 2 x 5 runs; "
-                         "a:b counts from a to b - 1; a value may bring others along, as in effopd+score=batch_kl. Goes "
-                         "on where it was stopped. Its out_dir, empty: runs/sweep")
-    target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, seed "
-                            "by seed; .8 if it has none)")
+    sweep: str = setting(
+        "", "settings and their values: \"lr=1e-5,1e-4 method=opd,effopd seed=0:5\" is 2 x 2 x 5 runs; a:b counts from "
+        "a to b - 1; a value may bring others along, as in effopd+score=batch_kl. Goes on where it was stopped. Its "
+        "out_dir, empty: runs/sweep")
+    target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
+                            "seed by seed; .8 if it has none)")
     jobs: int = setting(0, "runs at a time (0: two, or one on a single core)")
 
 
@@ -190,11 +197,12 @@ class Config(Sweep, Search, Distillation, Models, Run):
 PRESETS = {  # defaults by preset and gap
     ("laptop", "slip"): {},
     ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
+    ("laptop", "habit"): {},
 }
 GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
     num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
     base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
-PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "slip"] = PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=200)
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
 RACE = {  # name: (directory, how it differs from the others)
@@ -280,8 +288,11 @@ class Chains:
                 found.append(problem)
         return found
 
-    def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
-        """The worked answer. Each result is wrong with probability slip, and the chain goes on from it."""
+    def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None, swap: bool = False) -> str:
+        """The worked answer. Each result is wrong with probability slip, and the chain goes on from it.
+
+        swap: sums and products are written the other way round, 5+7=2 for 7+5=2.
+        """
         numbers = problem[:-1].replace("-", "+").replace("*", "+").split("+")
         ops = [c for c in problem if c in "+-*"]
         value, steps = int(numbers[0]), []
@@ -289,7 +300,7 @@ class Chains:
             result = (value + number if op == "+" else value - number if op == "-" else value * number) % self.modulus
             if slip and rng.random() < slip:
                 result = (result + rng.randrange(1, self.modulus)) % self.modulus
-            steps.append(f"{value}{op}{number}={result};")
+            steps.append(f"{number}{op}{value}={result};" if swap and op != "-" else f"{value}{op}{number}={result};")
             value = result
         return "".join(steps) + f"#{value}"
 
@@ -321,8 +332,8 @@ def pack(prompts, answers, device) -> Batch:
     return Batch(ids.to(device), ((columns >= starts) & (columns < ends)).to(device))
 
 
-def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None)):
-    """Supervised training on worked examples: 30 steps of warm-up, then linear to 5%.
+def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None), swap=False):
+    """Supervised training on worked examples (`Chains.solve`): 30 steps of warm-up, then linear to 5%.
 
     snapshot: (step, directory) saves the model as it is after that step.
     """
@@ -332,7 +343,7 @@ def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, 
             group["lr"] = lr * min(step / 30, 1 - 0.95 * step / steps)
         problems = task.problems(config.base_batch_size, rng, exclude)
         batch = pack([task.encode(p) for p in problems],
-                     [task.encode(task.solve(p, slip, rng)) + [task.end] for p in problems], model.device)
+                     [task.encode(task.solve(p, slip, rng, swap)) + [task.end] for p in problems], model.device)
         logits = model(batch.ids[:, :-1])                                                  # (B, T-1, V)
         loss = F.cross_entropy(logits[batch.mask], batch.ids[:, 1:][batch.mask])
         loss.backward()
@@ -348,10 +359,11 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
     model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
                           config.num_attention_heads, eos_token_id=task.end)).to(config.device)
     rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
-    if config.gap == "slip":
+    if config.gap in ("slip", "habit"):
         fit(model, task, config, config.base_steps, config.base_lr, config.slip, rng, exclude, "base")
         model.save_pretrained(directory / "base")
-        fit(model, task, config, config.teacher_steps, config.teacher_lr, 0.0, rng, exclude, "teacher")
+        fit(model, task, config, config.teacher_steps, config.teacher_lr, 0.0, rng, exclude, "teacher",
+            swap=config.gap == "habit")
     else:                                                     # one clean run; the base is what it was early on
         fit(model, task, config, config.base_steps + config.teacher_steps, config.base_lr, 0.0, rng, exclude,
             "base and teacher", snapshot=(config.base_steps, directory / "base"))
@@ -498,9 +510,9 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
     effopd = None
     if config.method == "effopd":
         effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
-                        num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
-                        every=config.search_every, optimizer=optimizer if config.reset_moments else None,
-                        utility_gate=config.utility_gate,
+                        direction=config.direction, num_candidates=config.num_candidates, seed=config.seed,
+                        first_trigger=config.first_trigger, every=config.search_every,
+                        optimizer=optimizer if config.reset_moments else None, utility_gate=config.utility_gate,
                         alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
@@ -733,8 +745,8 @@ def sweep(args) -> int:
     file, jobs = out_dir / "sweep.json", jobs or min(2, os.cpu_count())
     done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
     if done["settings"] != settings:
-        raise ValueError(f"{out_dir} has runs with {done['settings'] or 'the defaults'}, not with {settings or 'them'}; "
-                         f"name another --out_dir")
+        raise ValueError(f"{out_dir} has runs with {done['settings'] or 'default settings'}, not with "
+                         f"{settings or 'these'}; name another --out_dir")
 
     def command(run):
         return [word for pair in (useful(settings | run) | where).items() for word in (f"--{pair[0]}", str(pair[1]))]
@@ -753,10 +765,11 @@ def sweep(args) -> int:
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
         job = subprocess.run([sys.executable, __file__, *command(runs[name][0]), "--out_dir", str(out_dir / name)],
                              capture_output=True, text=True, env=threads | os.environ)
-        return (job.stderr.split("\n")[-2:] or [""])[0].rpartition("\r")[2] if job.returncode else None
+        said = [f"exit status {job.returncode}"] + [line for line in re.split("[\r\n]", job.stderr) if line.strip()]
+        return said[-1] if job.returncode else None
 
     failed = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:                    # threads that wait for their processes
         for error, name in zip(tqdm(pool.map(finish, todo), total=len(todo), desc="sweep", unit="run"), todo):
             if error is not None:
                 failed[name] = error
@@ -831,8 +844,8 @@ def print_sweep(rows):
         n, bound = row["final"]["n"], "" if row["reached"] == row["final"]["n"] else "≥ "
         costs = [bound + say(row["cost"][unit], form) for unit, form in zip(UNITS, (".1f", ",.0f", ".1f"))]
         times = [say(row["times"][unit], ".2f") if row["times"] else "-" for unit in UNITS]
-        print(f"| {name_of(row['settings']).replace(',', ' ')} | {n} | {say(row['final'], '.3f')} | {row['goal']:.3f} | "
-              f"{row['reached']} of {n} | " + " | ".join(costs + times) + " |")
+        cells = [name_of(row["settings"]).replace(",", " "), str(n), say(row["final"], ".3f"), f"{row['goal']:.3f}"]
+        print("| " + " | ".join([*cells, f"{row['reached']} of {n}", *costs, *times]) + " |")
 
 
 def draw_sweep(rows, path):
