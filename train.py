@@ -197,12 +197,13 @@ class Config(Sweep, Search, Distillation, Models, Run):
 PRESETS = {  # defaults by preset and gap
     ("laptop", "slip"): {},
     ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
-    ("laptop", "habit"): {},
+    ("laptop", "habit"): dict(teacher_steps=400, teacher_lr=3e-3),
 }
 GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
     num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
     base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
-PRESETS["gpu", "slip"] = PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=500, teacher_lr=6e-4)
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
 RACE = {  # name: (directory, how it differs from the others)
