@@ -108,7 +108,12 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
     """Two runs; one of them undone, and done again; one that cannot work; the table from the file alone."""
     out, cache, jobs = tmp_path / "out", tmp_path / "cache", []
     real = train.subprocess.run
-    monkeypatch.setattr(train.subprocess, "run", lambda command, **how: jobs.append(command) or real(command, **how))
+
+    def job(command, **how):
+        assert list(cache.glob("slip-*"))                     # so that two runs at a time do not both make the models
+        jobs.append(command)
+        return real(command, **how)
+    monkeypatch.setattr(train.subprocess, "run", job)
 
     def run(text, **more):
         with pytest.raises(SystemExit) as stopped:
