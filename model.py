@@ -239,6 +239,8 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.tie_weights()
+        self.precision = None                       # torch.bfloat16: computes in it, from weights kept as they are
+        self.tokens_in_use = config.vocab_size      # fewer where the last rows of embedding and head are padding
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -253,14 +255,27 @@ class GPT(nn.Module):
 
         Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
         """
-        return self.lm_head(self.hidden_states(input_ids, attention_mask))
+        return F.linear(self.hidden_states(input_ids, attention_mask), self.head)
 
     def hidden_states(self, input_ids, attention_mask=None):
         """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: chunked_reverse_kl)."""
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
-        return self.model(input_ids, positions, mask)
+        with self.autocast():
+            hidden = self.model(input_ids, positions, mask)
+        return hidden if self.precision is None else hidden.to(self.precision)
+
+    @property
+    def head(self):
+        """The output matrix (V in use, C), in the dtype that `hidden_states` has."""
+        used = self.lm_head.weight
+        if self.tokens_in_use < len(used):
+            used = used[:self.tokens_in_use]
+        return used if self.precision is None else used.to(self.precision)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
