@@ -105,14 +105,15 @@ def group_advantages(rewards, group_size, eps=1e-6):
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + eps)).view(-1)
 
 
-def chunked(loss, hidden, head, *per_token, chunk_size=1024):
+def chunked(loss, hidden, head, *per_token, chunk_size=None):
     """Σ over chunks of loss(logits (n, V), *per_token's rows): the logits of all N tokens never exist at once.
 
     hidden (N, C) and head (V, C) make the logits; per_token: tensors of N rows that go with them. `loss` gives a sum
-    over its rows, or a mean over a fixed num_tokens. A chunk's gradients are taken while its logits are there, so
-    nothing is computed twice, and at most chunk_size * V logits (some five times that while a chunk's KL is
-    differentiated) are held. Value and gradients with respect to hidden and head are those of the whole form.
+    over its rows, or a mean over a fixed num_tokens. Value and gradients (with respect to hidden and head) are those of
+    the whole form; a chunk's gradients are taken while its logits are there, so nothing is computed twice.
+    chunk_size: n. None: as many as make 2^25 logits, 128 MB in float32, of which a KL's gradient needs some five.
     """
+    chunk_size = chunk_size or max(1, 2 ** 25 // len(head))
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return Chunks.apply(loss, chunk_size, hidden, head, *per_token)
     pieces = zip(*(x.split(chunk_size) for x in (hidden, *per_token)))
@@ -134,7 +135,10 @@ class Chunks(torch.autograd.Function):
                 value = loss(logits, *(x[rows] for x in per_token))
             d_logits, = torch.autograd.grad(value, logits)
             d_hidden[rows] = d_logits @ head
-            d_head += d_logits.T @ hidden[rows]
+            if d_logits.dtype == torch.float32:
+                d_head.addmm_(d_logits.T, hidden[rows])                          # without a second matrix of that size
+            else:
+                d_head += d_logits.T @ hidden[rows]
             total += value.detach()
         ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
         ctx.per_token = len(per_token)
@@ -143,7 +147,9 @@ class Chunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_head = ctx.saved_tensors
-        return None, None, d_hidden * d_total, d_head * d_total, *[None] * ctx.per_token
+        if d_total != 1:
+            d_hidden, d_head = d_hidden * d_total, d_head * d_total
+        return None, None, d_hidden, d_head, *[None] * ctx.per_token
 
 
 def masked_mean(values, mask, num_tokens=None):
