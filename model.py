@@ -306,7 +306,8 @@ class GPT(nn.Module):
         real[:, longest:] = True                              # response columns: all may be attended to
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=self.device).view(-1)
         c = self.config
-        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), self.lm_head.weight)
+        head = self.head                                      # (V, C)
+        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), head)
                   for _ in range(c.num_hidden_layers)]
         tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
         mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
@@ -314,18 +315,19 @@ class GPT(nn.Module):
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
 
         positions, attend = padded_positions(real[:, :longest])
-        for r in range(max_new_tokens):
-            hidden = self.model(ids, positions, attend, caches)[:, -1]                     # (B, C)
-            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (B, V)
-            token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
-            mask[:, r] = alive
-            tokens[:, r] = torch.where(alive, token, 0)
-            log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
-            alive = alive & ~torch.isin(token, eos)
-            if not alive.any():
-                break
-            ids, positions = token[:, None], positions[:, -1:] + 1
-            attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
+        with self.autocast():                                 # one for all steps: it keeps the cast weights
+            for r in range(max_new_tokens):
+                hidden = self.model(ids, positions, attend, caches)[:, -1].to(head.dtype)      # (B, C)
+                log_p = scaled_log_softmax(F.linear(hidden, head), temperature)                # (B, V)
+                token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
+                mask[:, r] = alive
+                tokens[:, r] = torch.where(alive, token, 0)
+                log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
+                alive = alive & ~torch.isin(token, eos)
+                if not alive.any():
+                    break
+                ids, positions = token[:, None], positions[:, -1:] + 1
+                attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
         R = r + 1 if max_new_tokens else 0
         return Rollout(tokens[:, :R], mask[:, :R], log_probs[:, :R])
 
@@ -355,6 +357,7 @@ class GPT(nn.Module):
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         model.tie_weights()                                   # assign=True made two parameters of one
+        model.source = directory
         return model
 
     def save_pretrained(self, directory):

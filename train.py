@@ -254,7 +254,7 @@ def parse_config(args=None) -> Config:
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
-        if method not in owners.get(name, (method,)):
+        if method not in owners.get(name, (method,)) and not (name == "dv_size" and config["data"]):       # a split
             stop(f"--{name} is a setting of --method {owners[name][-1]}; --method {method} has no use for it")
         if name in elsewhere:
             stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
@@ -789,7 +789,7 @@ def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Pa
         effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
                         num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
                         every=config.search_every, optimizer=optimizer if config.reset_moments else None,
-                        utility_gate=config.utility_gate,  # OFFLOAD
+                        utility_gate=config.utility_gate, offload=config.offload,
                         alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
