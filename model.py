@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -121,9 +122,11 @@ def rope_frequencies(config: GPTConfig) -> torch.Tensor:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B, 1, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B or 1, 1, T, D).
+
+    sin comes with the first half negated: (a, b) -> (a cos - b sin, b cos + a sin) in three operations.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         super().__init__()
         H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.head_dim = D
-        self.grouped = H != G
+        self.groups, self.grouped = G, H != G
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
@@ -141,7 +144,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, cos, sin, mask, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, columns=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)      # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)      # (B, T, G, D)
@@ -150,10 +153,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), cos, sin)               # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)               # (B, G, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)                         # (B, G, all positions so far, D)
+        if cache is not None:                                 # keys and values so far, (B, G, N, D) each
+            k, v = cache[0].index_copy_(2, columns, k), cache[1].index_copy_(2, columns, v)
+        if T == 1:                                            # heads that share a key stand side by side, as queries do
+            q = q.view(B, self.groups, -1, self.head_dim)     # (B, G, H/G, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped)
+                                           enable_gqa=self.grouped and T > 1)
+        if T == 1:
+            return self.o_proj(y.reshape(B, 1, -1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -176,24 +183,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None, columns=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, columns)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class KVCache:
-    """One layer's keys and values, allocated once and written in place."""
-
-    def __init__(self, shape, like: torch.Tensor):
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)  # (B, G, P + R, D)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
-
-    def append(self, k, v):
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class Transformer(nn.Module):
@@ -207,16 +199,25 @@ class Transformer(nn.Module):
         # A plain attribute, not a buffer: model.to(torch.bfloat16) must not round the angles.
         self.frequencies = rope_frequencies(config)
 
-    def forward(self, input_ids, positions, mask=None, caches=None):
-        """input_ids (B, T) and positions (B or 1, T) -> hidden states (B, T, C)."""
-        x = self.embed_tokens(input_ids)                      # (B, T, C)
-        if self.frequencies.device != x.device:
-            self.frequencies = self.frequencies.to(x.device)
-        angles = positions[:, None, :, None] * self.frequencies             # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)       # (B, 1, T, D)
+    def rotations(self, positions, dtype):
+        """cos and sin, (..., D) each, for positions (...); the first half of sin is negated, as rotate wants it."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None] * self.frequencies                    # (..., D/2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def forward(self, input_ids, cos, sin, mask=None, caches=None, columns=None, checkpointing=False):
+        """input_ids (B, T), cos and sin (B or 1, T, D) -> hidden states (B, T, C).
+
+        caches: a pair of tensors (B, G, N, D) for each layer, whose columns (T,) get this call's keys and values.
+        """
+        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]             # (B, T, C), (B, 1, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if caches is None else caches[i])
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, caches and caches[i], columns)
         return self.norm(x)
 
 
@@ -231,6 +232,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False                   # True: layers run again in the backward pass, for memory
+        self.source, self.hf_config = None, None              # from_pretrained's directory, and what its config said
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -260,7 +263,8 @@ class GPT(nn.Module):
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
-        return self.model(input_ids, positions, mask)
+        cos, sin = self.model.rotations(positions, self.lm_head.weight.dtype)
+        return self.model(input_ids, cos, sin, mask, checkpointing=self.gradient_checkpointing)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
@@ -284,35 +288,42 @@ class GPT(nn.Module):
             raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
                              f"context of {self.config.max_position_embeddings}")
         # Left padding puts every row's next token in the same column, so the cache is one block for all rows.
-        ids = torch.tensor([[0] * (longest - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
-        real = torch.zeros(B, longest + max_new_tokens, dtype=torch.bool, device=self.device)  # (B, P + R)
-        real[:, :longest] = torch.arange(longest, device=self.device) >= longest - torch.tensor(
-            lengths, device=self.device)[:, None]
-        real[:, longest:] = True                              # response columns: all may be attended to
-        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=self.device).view(-1)
-        c = self.config
-        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), self.lm_head.weight)
-                  for _ in range(c.num_hidden_layers)]
-        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
-        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
-        log_probs = torch.zeros(B, max_new_tokens, device=self.device)
-        alive = torch.ones(B, dtype=torch.bool, device=self.device)
+        P, N, c, device = longest, longest + max_new_tokens, self.config, self.device
+        ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=device)      # (B, P)
+        padding = torch.tensor([[P - n] for n in lengths], device=device)                  # (B, 1)
+        columns, padded = torch.arange(N, device=device), min(lengths) < P
+        positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
+        cos, sin = self.model.rotations(columns, self.lm_head.weight.dtype)                # (N, D)
+        caches = [(cos.new_empty(B, c.num_key_value_heads, N, c.head_dim),
+                   cos.new_empty(B, c.num_key_value_heads, N, c.head_dim)) for _ in self.model.layers]
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        log_probs = torch.zeros(B, max_new_tokens, device=device)
+        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
+        rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
-        positions, attend = padded_positions(real[:, :longest])
-        for r in range(max_new_tokens):
-            hidden = self.model(ids, positions, attend, caches)[:, -1]                     # (B, C)
-            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (B, V)
-            token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
-            mask[:, r] = alive
-            tokens[:, r] = torch.where(alive, token, 0)
-            log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
-            alive = alive & ~torch.isin(token, eos)
-            if not alive.any():
-                break
-            ids, positions = token[:, None], positions[:, -1:] + 1
-            attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
-        R = r + 1 if max_new_tokens else 0
-        return Rollout(tokens[:, :R], mask[:, :R], log_probs[:, :R])
+        for n in range(P, N):                                 # n columns are known; b of the B rows are still in the batch
+            views = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
+            hidden = self.model(ids, cos[positions], sin[positions], mask if padded else None, views,
+                                columns[n - ids.shape[1]:n])[:, -1]                        # (b, C)
+            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (b, V)
+            token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
+            tokens[rows, n - P] = token
+            log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
+            if eos_token_id is not None:
+                alive &= ~torch.isin(token, eos)
+                left = int(alive.sum())
+                if left == 0:
+                    break
+                if left <= len(rows) // 2:                    # rows that have ended leave the batch
+                    caches = [(k[alive], v[alive]) for k, v in caches]
+                    rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
+            ids, positions = token[:, None], n - padding                                   # (b, 1)
+            mask = (columns[:n + 1] >= padding)[:, None, None]                             # (b, 1, 1, n + 1)
+        R = n - P + 1 if max_new_tokens else 0
+        tokens, log_probs = tokens[:, :R], log_probs[:, :R]
+        ends = torch.isin(tokens, eos).long()
+        mask = ends.cumsum(1) == ends                         # nothing has ended before
+        return Rollout(tokens * mask, mask, log_probs * mask)
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str, dtype=torch.float32) -> "GPT":
@@ -369,14 +380,15 @@ def scaled_log_softmax(logits, temperature: float):
     return F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
 
 
-def sample(log_p, generator=None):
-    """One token a row from log-probabilities (B, V), as argmax(p / noise) with Exponential(1) noise.
+def sample(log_p, rows, B: int, generator=None):
+    """A token for each of b rows from log-probabilities (b, V), as argmax(p / noise) with Exponential(1) noise.
 
-    Equal noise and nearly equal models give nearly equal samples: the common random numbers that make two
-    candidates of one search comparable.
+    The noise is drawn for all B rows of the batch, whichever of them (rows, (b,) int64) still need it. Equal noise and
+    nearly equal models give nearly equal samples: the common random numbers that make two candidates of one search
+    comparable.
     """
-    noise = torch.empty_like(log_p).exponential_(generator=generator)
-    return (log_p - noise.log()).argmax(-1)                   # (B,)
+    noise = log_p.new_empty(B, log_p.shape[-1]).exponential_(generator=generator).log_()
+    return (log_p - (noise if len(rows) == B else noise[rows])).argmax(-1)                 # (b,)
 
 
 def download(repo_id: str) -> Path:
