@@ -17,7 +17,9 @@ In the shapes below: B rows, T positions, C hidden size, H query heads, G key/va
 D head size, V vocabulary, R response length.
 """
 
+import copy
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# What a checkpoint directory has beside config and weights; saved models get a copy.
+COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+              "chat_template*", "generation_config.json")
 
 
 @dataclass
@@ -134,7 +140,7 @@ class Attention(nn.Module):
         super().__init__()
         H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.head_dim = D
-        self.groups, self.grouped = G, H != G
+        self.grouped = H != G
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
@@ -154,13 +160,15 @@ class Attention(nn.Module):
         q = rotate(q.transpose(1, 2), cos, sin)               # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)               # (B, G, T, D)
         if cache is not None:                                 # keys and values so far, (B, G, N, D) each
-            k, v = cache[0].index_copy_(2, columns, k), cache[1].index_copy_(2, columns, v)
-        if T == 1:                                            # heads that share a key stand side by side, as queries do
-            q = q.view(B, self.groups, -1, self.head_dim)     # (B, G, H/G, D)
+            cache[0][:, :, columns], cache[1][:, :, columns] = k, v
+            k, v = cache
+        if T == 1 and not x.is_cuda:                          # one query each: twice as fast by hand on a CPU
+            q = q.view(B, k.shape[1], -1, self.head_dim) * self.head_dim ** -0.5           # (B, G, H/G, D)
+            scores = q @ k.transpose(-1, -2)                                               # (B, G, H/G, N)
+            y = F.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), dim=-1) @ v
+            return self.o_proj(y.view(B, 1, -1))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped and T > 1)
-        if T == 1:
-            return self.o_proj(y.reshape(B, 1, -1))
+                                           enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -304,7 +312,7 @@ class GPT(nn.Module):
         for n in range(P, N):                                 # n columns are known; b of the B rows are still in the batch
             views = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
             hidden = self.model(ids, cos[positions], sin[positions], mask if padded else None, views,
-                                columns[n - ids.shape[1]:n])[:, -1]                        # (b, C)
+                                slice(n - ids.shape[1], n))[:, -1]                        # (b, C)
             log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (b, V)
             token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
             tokens[rows, n - P] = token
@@ -341,7 +349,8 @@ class GPT(nn.Module):
         if not files:
             raise FileNotFoundError(f"{directory} has no model.safetensors (other weight formats are not read)")
         try:
-            config = GPTConfig.from_hf(AutoConfig.from_pretrained(directory))
+            hf_config = AutoConfig.from_pretrained(directory)
+            config = GPTConfig.from_hf(hf_config)
             state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
             with torch.device("meta"):                        # no time spent on random weights
                 model = cls(config)
@@ -351,13 +360,23 @@ class GPT(nn.Module):
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         model.tie_weights()                                   # assign=True made two parameters of one
+        model.source, model.hf_config = directory, hf_config
         return model
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, in the dtype that the weights have."""
+        """Write config.json and model.safetensors, in the dtype that the weights have.
+
+        A model that from_pretrained loaded keeps what its config said (token ids, for one), and takes the tokenizer and
+        generation files of the directory it came from along: transformers and vLLM load the result as it is.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_hf()
+        for pattern in COMPANIONS if self.source else ():
+            for file in self.source.glob(pattern):
+                if file.is_file() and not (directory / file.name).exists():
+                    shutil.copyfile(file, directory / file.name)
+        config = copy.copy(self.hf_config) or self.config.to_hf()
+        config.eos_token_id = self.config.eos_token_id
         config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config.save_pretrained(directory)
         state = {name: t.contiguous() for name, t in self.state_dict().items()
@@ -392,12 +411,12 @@ def sample(log_p, rows, B: int, generator=None):
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a repository's config and safetensors; one clear line where that cannot be done."""
+    """Fetch a repository's config, safetensors and tokenizer; one clear line where that cannot be done."""
     from huggingface_hub import snapshot_download
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
         raise FileNotFoundError(f"no directory {repo_id} (a repository id looks like owner/name)")
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors", *COMPANIONS]))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None
