@@ -95,7 +95,8 @@ def test_a_run_ends_in_a_model_that_transformers_loads_and_talks_with(home, tmp_
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all((line["kl"] is None) == ("teacher" in settings) for line in lines)
     start = GPT.from_pretrained(home / "student")
-    assert not torch.equal(GPT.from_pretrained(final).lm_head.weight, start.lm_head.weight)
+    moved = not torch.equal(GPT.from_pretrained(final).lm_head.weight, start.lm_head.weight)
+    assert moved or settings["method"] == "rl"                # which no right answer rewards here
 
 
 def test_sft_on_a_file_learns_the_files_answers(home, tmp_path):
@@ -159,6 +160,9 @@ def test_mixed_precision_keeps_the_weights_in_float32_and_computes_in_bfloat16(h
     student(ids).float().square().mean().backward()
     assert student(ids).dtype == torch.bfloat16 and student.model.layers[0].mlp.up_proj.weight.grad.dtype == torch.float32
     assert 0 < (student(ids) - exact).abs().max() < 0.03 * exact.abs().max()
+    rollout = student.generate(ids.tolist(), 6, temperature=0)
+    whole = student(torch.cat((ids, rollout.tokens), dim=1))[:, ids.shape[1] - 1:-1].float().log_softmax(-1)
+    assert (whole.gather(-1, rollout.tokens[..., None])[..., 0] - rollout.log_probs).abs().max() < 0.1
 
 
 # Tokenizers and startup checks.
