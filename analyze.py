@@ -44,8 +44,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from effopd import SCOPES, EffOPD, basis_alignment, module_of, reverse_kl, spectral_metrics
-from train import (Chains, Config, answer, bootstrap, evaluate, evaluation_problems, load_models, pack, pick_device,
-                   write_json)
+from train import (Chains, Config, answer, bootstrap, evaluate, evaluation_problems, load, load_models, pack,
+                   pick_device, write_json)
 
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
@@ -792,9 +792,9 @@ def paths(study):
 
 def searches_of(directory: Path, config):
     """Each search of an EffOPD run again, exactly: yields (its record, W_t, Δ), weights as dicts by name."""
-    if config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
+    if config.data or config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
             config.utility_gate or config.direction != "update" or config.candidates == "line"):
-        raise ValueError(f"{directory}: --dv needs an EffOPD run that searched along Δ, at the powers of two, no gate")
+        raise ValueError(f"{directory}: --dv needs an EffOPD run of the built-in task, along Δ, at the powers of two")
     kept = None
     for line in (directory / "search.jsonl").read_text().splitlines():
         record, before = json.loads(line), Checkpoint(directory / "checkpoints" / "step_000000")
@@ -956,8 +956,7 @@ def study_runs(args, out_dir) -> Study:
         print(f"{run.label}: {run.directory}")
     weights = read_weights(base, points, whole={run.last for run in runs})
     config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
-    task = Chains(config.num_ops, config.digits)
-    model, teacher = load_models(config, task)
+    task, model, teacher = load(config)
     w_0 = {name: base.read(name) for name in base.slices}
     if not all(torch.equal(p.cpu(), w_0[name]) for name, p in model.named_parameters()):
         print("warning: --cache_dir does not hold the base of these runs, so its teacher is not theirs either: "

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,13 +119,13 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
     def run(text, **more):
         with pytest.raises(SystemExit) as stopped:
             main([*as_args(TOY | dict(out_dir=out, cache_dir=cache, jobs=2, target=0.001) | more), "--sweep", text])
-        ran = [command[command.index("--out_dir") + 1].rpartition("/")[2] for command in jobs]
+        ran = [command[-2] + " " + Path(command[-1]).name for command in jobs]
         jobs.clear()
         return stopped.value.code, sorted(ran), capsys.readouterr()
 
     both = ["method=effopd,dv_size=5,seed=1", "method=opd,seed=1"]
     code, ran, said = run("method=opd,effopd+dv_size=5 seed=1")
-    assert code == 0 and ran == both and "| method=effopd dv_size=5 | 1 |" in said.out
+    assert code == 0 and ran == [f"--out_dir {name}" for name in both] and "| method=effopd dv_size=5 | 1 |" in said.out
     stored = json.loads((out / "sweep.json").read_text())
     assert stored["settings"] == {k: v for k, v in TOY.items()} and stored["versions"]["torch"] == torch.__version__
     for name in both:
@@ -136,14 +137,18 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
     config = json.loads((out / both[0] / "config.json").read_text())
     assert (config["dv_size"], config["seed"], config["method"], config["steps"]) == (5, 1, "effopd", 2)
 
-    del stored["runs"][both[1]]                               # as if stopped while this one ran
-    (out / "sweep.json").write_text(json.dumps(stored))
-    (out / both[1] / "summary.json").unlink()
-    code, ran, said = run("method=opd,effopd+dv_size=5 seed=1")
-    assert code == 0 and ran == both[1:] and (out / both[1] / "summary.json").exists()
+    for how in ("--resume", "--out_dir"):                     # as if stopped while this one ran, late and early
+        del stored["runs"][both[1]]
+        (out / "sweep.json").write_text(json.dumps(stored))
+        (out / both[1] / "summary.json").unlink()
+        code, ran, said = run("method=opd,effopd+dv_size=5 seed=1")
+        assert code == 0 and ran == [f"{how} {both[1]}"] and (out / both[1] / "summary.json").exists()
+        stored = json.loads((out / "sweep.json").read_text())
+        for state in (out / both[1]).glob("state*.pt"):
+            state.unlink()
 
     code, ran, said = run("method=opd,effopd+dv_size=5,opd+lr=1e38 seed=1")
-    assert code == 1 and ran == ["method=opd,lr=1e38,seed=1"] and "| method=opd | 1 |" in said.out
+    assert code == 1 and ran == ["--out_dir method=opd,lr=1e38,seed=1"] and "| method=opd | 1 |" in said.out
     assert "method=opd,lr=1e38,seed=1 failed: train.py: step 2: the loss is nan" in said.err
 
     for path in (out / both[0], out / both[1], cache):        # as in a clone, where only sweep.json is
