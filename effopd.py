@@ -19,6 +19,7 @@ Where the paper is silent or says two things, this is what we chose:
   - Adam's moments are kept after a jump. Passing `optimizer` resets those of the moved weights.
   - the attention and MLP matrices move; embeddings, norms and biases do not (scope="attention+mlp").
   - all candidates of one search are scored under one random seed, the next search has another.
+  - candidates="doubling" and "line", and every direction but "update", are not the paper's: see class EffOPD.
   - module utility and the alignment of successive directions are logged with every search; they act only if asked to
     (utility_gate, alignment_gate), since the paper's algorithm uses neither.
 """

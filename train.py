@@ -1445,6 +1445,7 @@ def draw_sweep(rows, path):
         place, numeric = {name: float(name) for name in names}, True
     except ValueError:
         place, numeric = {name: i for i, name in enumerate(names)}, False
+    goal = " to ".join(dict.fromkeys(f"{f(row['goal'] for row in rows):.2f}" for f in (min, max)))
     figure, panels = plt.subplots(1, 2, figsize=(10, 4 + 0.2 * len(lines)), layout="constrained")
     for panel, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
         for i, (label, of) in enumerate(lines.items()):
@@ -1455,7 +1456,9 @@ def draw_sweep(rows, path):
             for x, y, row in zip(xs, ys, of):
                 full = row["reached"] == row["final"]["n"]
                 panel.plot(x, y, "o", color=f"C{i}", markerfacecolor=f"C{i}" if full else "white")
-        panel.set(xlabel=axis, ylabel=f"{title}, to the target", yscale="log")
+        panel.set(xlabel=axis, ylabel=f"{title}, to accuracy {goal}", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
         if numeric and min(place.values()) > 0:
             panel.set_xscale("log")
         if not numeric:
