@@ -186,7 +186,7 @@ class Sweep:
         "out_dir, empty: runs/sweep")
     target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
                             "seed by seed; .8 if it has none)")
-    jobs: int = setting(0, "runs at a time (0: two, or one on a single core)")
+    jobs: int = setting(0, "runs at a time (0: two; one on a GPU or a single core)")
 
 
 @dataclass
@@ -1321,7 +1321,7 @@ def sweep(args) -> int:
     settings = given(args)
     runs, target, jobs = grid(settings.pop("sweep")), settings.pop("target", 0.0), settings.pop("jobs", 0)
     out_dir, where = Path(settings.pop("out_dir", "runs/sweep")), {"cache_dir": settings.pop("cache_dir", "cache")}
-    file, jobs = out_dir / "sweep.json", jobs or min(2, os.cpu_count())
+    file, jobs = out_dir / "sweep.json", jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count()))
     done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
     if done["settings"] != settings:
         raise ValueError(f"{out_dir} has runs with {done['settings'] or 'default settings'}, not with "
@@ -1333,8 +1333,8 @@ def sweep(args) -> int:
     configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
     todo = [name for name in runs if name not in done["runs"]]
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in todo:                                         # base and teacher, before two runs both make them
-        load(configs[name])
+    for config in (configs[name] for name in todo if not configs[name].data):
+        load(config)                                          # base and teacher, before two runs both make them
 
     def finish(name):
         """Do one run, or the rest of it; the last line it complained with, if it failed."""
