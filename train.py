@@ -253,6 +253,9 @@ def parse_config(args=None) -> Config:
                               usage="python train.py [--SETTING VALUE ...]")
     first.error = parser.error = stop
     chosen = first.parse_known_args(args)[0]
+    for name, value in vars(chosen).items():
+        if isinstance(value, list):                           # what argparse makes of --lr=--
+            stop(f"--{name} needs a value")
     if chosen.resume:
         return resumed(chosen.resume, sys.argv[1:] if args is None else args)
     parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
@@ -448,7 +451,9 @@ def read_jsonl(path: str, prompt_field: str, answer_field: str):
                 if name not in row:
                     raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
                                      f"choose with {option}")
-                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not str(row[name]).strip():
+                text = str(row[name]).encode(errors="replace").decode()        # "\\ud800" is JSON, but no text
+                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
+                        text != str(row[name])):
                     raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
             empty = False
             yield where, row[prompt_field], str(row[answer_field])

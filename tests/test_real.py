@@ -271,6 +271,7 @@ GOOD = '{"question": "1 + 1", "answer": "2"}\n'
     ("{}", "line 1 has no field 'question' but none"),
     ('{"question": 3, "answer": "2"}', "line 1: 'question' is not a text"),
     ('{"question": " ", "answer": "2"}', "line 1: 'question' is not a text"),
+    ('{"question": "\\ud800", "answer": "2"}', "line 1: 'question' is not a text"),
     ('{"question": "1 + 1", "answer": [2]}', "line 1: 'answer' is not a text or a number"),
     ('{"question": "1 + 1", "answer": true}', "line 1: 'answer' is not a text or a number"),
     ('{"question": "1 + 1", "answer": "### nobody knows ####"}', "line 1: no answer can be read"),
