@@ -400,7 +400,7 @@ class EffOPDCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         file, parameters = self.file(folder, args), self.effopd.parameters
         if mean_over_ranks(file.exists(), args.device) < 1:
-            log.warning(f"EffOPD: no {file}, so W_prev is the weights resumed from. If the checkpoint is elsewhere, set "
+            log.warning(f"EffOPD starts anew from these weights: no {file}. If the checkpoint is elsewhere, set "
                         "args.resume_from_checkpoint to its folder")
             return
         saved = {"previous": {}, "delta": {}}

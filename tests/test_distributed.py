@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU): DDP and FSDP2 end with the weights and the records of one process that saw all the data."""
+"""Two processes (gloo, CPU): DDP and FSDP2 end with the weights and records of one process that saw all the data."""
 
 import copy
 import itertools
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDCallback
@@ -94,10 +94,12 @@ def one_rank(rank, folder):
         results.append((train(model, rows, settings), whole_weights(model)))
     for stop_after in (1, 3):
         results.append(through_a_checkpoint(rows, f"{folder}/run{stop_after}", stop_after))
-    try:
-        refused = EffOPD(net("blocks"), lambda m: 0.0, offload=True)
-    except ValueError as error:
-        refused = str(error)
+    refused = []
+    for model, settings in [(net("blocks"), dict(offload=True)), (FullyShardedDataParallel(net(), device_id="cpu"), {})]:
+        try:
+            EffOPD(model, lambda m: 0.0, **settings)
+        except ValueError as error:
+            refused.append(str(error))
     torch.save({"results": results, "refused": refused}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -147,5 +149,6 @@ def test_sharded_resumed_equals_uninterrupted(ranks, case):
     assert all(torch.equal(w, expected[name]) for name, w in weights.items())
 
 
-def test_offload_is_refused_for_shards(ranks):
-    assert "sharded" in ranks[0]["refused"]
+def test_offload_of_shards_and_fsdp1_are_refused(ranks):
+    offload, fsdp1 = ranks[0]["refused"]
+    assert "offload=True" in offload and "fsdp_version: 2" in fsdp1

@@ -1,7 +1,5 @@
 """EffOPDCallback in the real transformers.Trainer and TRL's DistillationTrainer (pip install trl==1.16.0)."""
 
-import json
-import logging
 import os
 import re
 import socket
@@ -22,8 +20,9 @@ CHARACTERS = "0123456789+-*=;# "
 def tiny_llama(seed=0, **settings):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(CHARACTERS) + 2, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=None, pad_token_id=0, eos_token_id=1, **settings))
+        vocab_size=len(CHARACTERS) + 2, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        bos_token_id=None, pad_token_id=0, eos_token_id=1, **settings))
 
 
 def tiny_tokenizer():
@@ -121,12 +120,12 @@ def test_trl_s_loss_is_our_reverse_kl(distillation):
 # Any Trainer
 
 def examples():
-    ids = torch.randint(2, 19, (64, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 19, (4, 8), generator=torch.Generator().manual_seed(0)).repeat(16, 1)
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def minus_loss(model):
-    ids = torch.stack([example["input_ids"] for example in examples()[:8]])
+    ids = torch.stack([example["input_ids"] for example in examples()[:4]])
     torch.rand(3)                                             # training must not notice
     return -model(input_ids=ids, labels=ids).loss.item()
 
@@ -134,8 +133,8 @@ def minus_loss(model):
 def trainer_of(folder, callback, model=None, **settings):
     pytest.importorskip("accelerate")
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, **settings}
-    args = TrainingArguments(str(folder), learning_rate=1e-3, lr_scheduler_type="constant", use_cpu=True, report_to="none",
-                             disable_tqdm=True, **settings)
+    args = TrainingArguments(str(folder), learning_rate=1e-3, lr_scheduler_type="constant", use_cpu=True,
+                             report_to="none", disable_tqdm=True, **settings)
     model = model or tiny_llama(attention_dropout=0.1)
     return Trainer(model, args, train_dataset=examples(), callbacks=[callback] if callback else [])
 
@@ -201,42 +200,59 @@ def test_a_checkpoint_without_effopd_starts_it_anew_and_says_so(tmp_path, caplog
     assert "resume_from_checkpoint" in caplog.text and [record["step"] for record in callback.effopd.history] == [4]
 
 
-ARGS = dict(deepspeed_plugin=None, use_vllm=False)
 STATE = SimpleNamespace(global_step=0, is_world_process_zero=True)
 
 
 def test_deepspeed_is_refused():
     with pytest.raises(ValueError, match="DeepSpeed"):
-        EffOPDCallback(minus_loss).on_train_begin(SimpleNamespace(**{**ARGS, "deepspeed_plugin": object()}), STATE, None)
+        EffOPDCallback(minus_loss).on_train_begin(SimpleNamespace(deepspeed_plugin=object()), STATE, None)
 
 
 @pytest.mark.parametrize("use_vllm", [False, True])
 def test_vllm_brings_a_warning(caplog, use_vllm):
-    EffOPDCallback(minus_loss).on_train_begin(SimpleNamespace(**{**ARGS, "use_vllm": use_vllm}), STATE, None,
-                                              model=tiny_llama())
+    args = SimpleNamespace(deepspeed_plugin=None, use_vllm=use_vllm)
+    EffOPDCallback(minus_loss).on_train_begin(args, STATE, None, model=tiny_llama())
     assert ("vLLM" in caplog.text) == use_vllm
 
 
 # Two processes
 
+TWO = dict(per_device_train_batch_size=2, max_steps=4)
+
+
 def one_rank(rank, folder, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
     from transformers.distributed import DistributedConfig
     torch.set_num_threads(1)
     results = {}
-    for how in ("DDP", "FSDP2"):
-        model = tiny_llama()
-        callback = EffOPDCallback(minus_loss)
-        args = dict(per_device_train_batch_size=2, max_steps=4)
-        trainer = trainer_of(f"{folder}/{how}", callback, model, save_strategy="no", **args)
-        if how == "FSDP2":                                    # sharded by transformers as it is loaded
-            model = LlamaForCausalLM.from_pretrained(f"{folder}/base", distributed_config=DistributedConfig(fsdp_size=2))
-            trainer = trainer_of(f"{folder}/{how}", callback, model, save_strategy="no", **args)
-        trainer.train()
-        weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in trainer.model.state_dict().items()}
-        results[how] = {"history": callback.effopd.history, "weights": weights, "trainer": str(type(trainer.model_wrapped)),
-                        "sharded": hasattr(callback.effopd.previous[0], "full_tensor")}
+
+    def train(how, model=None, resume=None, **settings):
+        model = model or tiny_llama()
+        trainer = trainer_of(f"{folder}/{how}", EffOPDCallback(minus_loss), model, **{**TWO, **settings})
+        trainer.train(resume_from_checkpoint=resume)
+        effopd, weights = callback_of(trainer).effopd, trainer.model.state_dict()
+        results[how] = {"history": effopd.history, "wrapper": type(trainer.model_wrapped).__name__,
+                        "sharded": hasattr(effopd.previous[0], "full_tensor"),
+                        "weights": {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in weights.items()}}
+
+    train("DDP", save_strategy="no")
+    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", distributed_config=DistributedConfig(fsdp_size=2))
+    train("FSDP2 by transformers", model, save_strategy="no")
+    # accelerate shards on GPUs only, so these processes say that they are on GPUs; what follows is accelerate launch's.
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
+                      FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_RESHARD_AFTER_FORWARD="true")
+    AcceleratorState._reset_state()
+    start = PartialState.__init__
+
+    def start_on_gpus(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start_on_gpus
+    train("FSDP2 by accelerate", max_steps=3)
+    train("FSDP2 by accelerate", resume=True)                 # from step 3, over the search at step 4
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -249,15 +265,18 @@ def test_two_processes_are_one(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     torch.multiprocessing.spawn(one_rank, (str(tmp_path), port), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    single = trainer_of(tmp_path / "single", EffOPDCallback(minus_loss), tiny_llama(), max_steps=4, save_strategy="no")
+    single = trainer_of(tmp_path / "single", EffOPDCallback(minus_loss), tiny_llama(),
+                        **{**TWO, "per_device_train_batch_size": 4})
     single.train()
-    for how in ("DDP", "FSDP2"):
-        print(how, ranks[0][how]["trainer"], ranks[0][how]["sharded"])
-        assert timeless(ranks[0][how]["history"]) == timeless(ranks[1][how]["history"])
-        for record, other in zip(ranks[0][how]["history"], callback_of(single).effopd.history, strict=True):
-            print(record["scores"], other["scores"])
+    expected = callback_of(single).effopd.history
+    assert [record["step"] for record in expected] == [1, 2, 4] and any(record["accepted"] for record in expected)
+    for how in ("DDP", "FSDP2 by transformers", "FSDP2 by accelerate"):
+        mine, theirs = (rank[how] for rank in ranks)
+        assert mine["wrapper"] == ("DistributedDataParallel" if how == "DDP" else "FSDPLlamaForCausalLM")
+        assert mine["sharded"] == (how != "DDP") and timeless(mine["history"]) == timeless(theirs["history"])
+        for record, other in zip(mine["history"], expected, strict=True):
             assert (record["step"], record["multiple"]) == (other["step"], other["multiple"])
             assert record["scores"] == pytest.approx(other["scores"], rel=1e-5)
         for name, w in single.model.state_dict().items():
-            assert torch.equal(ranks[0][how]["weights"][name], ranks[1][how]["weights"][name])
-            torch.testing.assert_close(ranks[0][how]["weights"][name], w, rtol=1e-4, atol=1e-5)
+            assert torch.equal(mine["weights"][name], theirs["weights"][name])
+            torch.testing.assert_close(mine["weights"][name], w, rtol=1e-4, atol=1e-5)
