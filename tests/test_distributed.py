@@ -95,7 +95,8 @@ def one_rank(rank, folder):
     for stop_after in (1, 3):
         results.append(through_a_checkpoint(rows, f"{folder}/run{stop_after}", stop_after))
     refused = []
-    for model, settings in [(net("blocks"), dict(offload=True)), (FullyShardedDataParallel(net(), device_id="cpu"), {})]:
+    fsdp1 = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    for model, settings in [(net("blocks"), dict(offload=True)), (fsdp1, {})]:
         try:
             EffOPD(model, lambda m: 0.0, **settings)
         except ValueError as error:
