@@ -115,6 +115,53 @@ def group_advantages(rewards, group_size, eps=1e-6):
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + eps)).view(-1)
 
 
+def chunked(loss, hidden, head, *per_token, chunk_size=None):
+    """Σ over chunks of loss(logits (n, V), *per_token's rows): the logits of all N tokens never exist at once.
+
+    hidden (N, C) and head (V, C) make the logits; per_token: tensors of N rows that go with them. `loss` gives a sum
+    over its rows, or a mean over a fixed num_tokens. Value and gradients (with respect to hidden and head) are those of
+    the whole form; a chunk's gradients are taken while its logits are there, so nothing is computed twice.
+    chunk_size: n. None: as many as make 2^25 logits, 128 MB in float32, of which a KL's gradient needs some five.
+    """
+    chunk_size = chunk_size or max(1, 2 ** 25 // len(head))
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        return Chunks.apply(loss, chunk_size, hidden, head, *per_token)
+    pieces = zip(*(x.split(chunk_size) for x in (hidden, *per_token)))
+    return sum((loss(F.linear(h, head), *rest) for h, *rest in pieces), hidden.new_zeros((), dtype=torch.float32))
+
+
+class Chunks(torch.autograd.Function):
+    """`chunked` with gradients."""
+
+    @staticmethod
+    def forward(ctx, loss, chunk_size, hidden, head, *per_token):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.zeros_like(hidden)                                      # (N, C)
+        d_head = torch.zeros_like(head, dtype=torch.float32)                     # (V, C); summed up, so in float32
+        for i in range(0, len(hidden), chunk_size):
+            rows = slice(i, i + chunk_size)
+            with torch.enable_grad():
+                logits = F.linear(hidden[rows], head).detach().requires_grad_()  # (n, V)
+                value = loss(logits, *(x[rows] for x in per_token))
+            d_logits, = torch.autograd.grad(value, logits)
+            d_hidden[rows] = d_logits @ head
+            if d_logits.dtype == torch.float32:
+                d_head.addmm_(d_logits.T, hidden[rows])                          # without a second matrix of that size
+            else:
+                d_head += d_logits.T @ hidden[rows]
+            total += value.detach()
+        ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
+        ctx.per_token = len(per_token)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_hidden, d_head = ctx.saved_tensors
+        if d_total != 1:
+            d_hidden, d_head = d_hidden * d_total, d_head * d_total
+        return None, None, d_hidden, d_head, *[None] * ctx.per_token
+
+
 def masked_mean(values, mask, num_tokens=None):
     """Σ of values where mask is set, over num_tokens."""
     num_tokens = mask.sum() if num_tokens is None else num_tokens

@@ -239,6 +239,8 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.tie_weights()
+        self.precision = None                       # torch.bfloat16: computes in it, from weights kept as they are
+        self.tokens_in_use = config.vocab_size      # fewer where the last rows of embedding and head are padding
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -253,14 +255,27 @@ class GPT(nn.Module):
 
         Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
         """
-        return self.lm_head(self.hidden_states(input_ids, attention_mask))
+        return F.linear(self.hidden_states(input_ids, attention_mask), self.head)
 
     def hidden_states(self, input_ids, attention_mask=None):
         """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: chunked_reverse_kl)."""
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
-        return self.model(input_ids, positions, mask)
+        with self.autocast():
+            hidden = self.model(input_ids, positions, mask)
+        return hidden if self.precision is None else hidden.to(self.precision)
+
+    @property
+    def head(self):
+        """The output matrix (V in use, C), in the dtype that `hidden_states` has."""
+        used = self.lm_head.weight
+        if self.tokens_in_use < len(used):
+            used = used[:self.tokens_in_use]
+        return used if self.precision is None else used.to(self.precision)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
@@ -291,7 +306,8 @@ class GPT(nn.Module):
         real[:, longest:] = True                              # response columns: all may be attended to
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=self.device).view(-1)
         c = self.config
-        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), self.lm_head.weight)
+        head = self.head                                      # (V, C)
+        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), head)
                   for _ in range(c.num_hidden_layers)]
         tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
         mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
@@ -299,18 +315,19 @@ class GPT(nn.Module):
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
 
         positions, attend = padded_positions(real[:, :longest])
-        for r in range(max_new_tokens):
-            hidden = self.model(ids, positions, attend, caches)[:, -1]                     # (B, C)
-            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (B, V)
-            token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
-            mask[:, r] = alive
-            tokens[:, r] = torch.where(alive, token, 0)
-            log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
-            alive = alive & ~torch.isin(token, eos)
-            if not alive.any():
-                break
-            ids, positions = token[:, None], positions[:, -1:] + 1
-            attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
+        with self.autocast():                                 # one for all steps: it keeps the cast weights
+            for r in range(max_new_tokens):
+                hidden = self.model(ids, positions, attend, caches)[:, -1].to(head.dtype)      # (B, C)
+                log_p = scaled_log_softmax(F.linear(hidden, head), temperature)                # (B, V)
+                token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
+                mask[:, r] = alive
+                tokens[:, r] = torch.where(alive, token, 0)
+                log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
+                alive = alive & ~torch.isin(token, eos)
+                if not alive.any():
+                    break
+                ids, positions = token[:, None], positions[:, -1:] + 1
+                attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
         R = r + 1 if max_new_tokens else 0
         return Rollout(tokens[:, :R], mask[:, :R], log_probs[:, :R])
 
@@ -340,6 +357,7 @@ class GPT(nn.Module):
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         model.tie_weights()                                   # assign=True made two parameters of one
+        model.source = directory
         return model
 
     def save_pretrained(self, directory):

@@ -203,7 +203,7 @@ def test_scores(toy, monkeypatch):
     assert rollout_kl(teacher) == pytest.approx(0, abs=1e-6)
 
     batch_kl = Score(dataclasses.replace(config, score="batch_kl"), task, teacher, problems)
-    batch_kl.last_batch = batch, teacher(batch.ids[:, :-1])
+    batch_kl.last_batch = batch, [train.states(teacher, batch)]
     monkeypatch.setattr(GPT, "generate", lambda *a, **k: pytest.fail("batch_kl needs no generation"))
     assert batch_kl(student) == pytest.approx(expected, abs=1e-6) and batch_kl.tokens == int(batch.mask.sum())
 
