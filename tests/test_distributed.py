@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,18 @@ def through_a_checkpoint(rows, folder, stop_after):
     return callback.effopd.history, whole_weights(model)
 
 
+def disagree(rank):
+    """One weight at 0, 2, ...: alone, rank 0 would accept everything and rank 1 nothing; at 46 rank 1 has no score."""
+    model = nn.ModuleDict({"mlp": nn.Linear(1, 1, bias=False)})
+    weight = nn.init.zeros_(model["mlp"].weight)
+    score = {0: lambda at: 2 * at, 1: lambda at: -at if at < 40 else math.nan}[rank]
+    effopd, kept = EffOPD(model, lambda m: score(weight.item()), num_candidates=2), []
+    for t in (1, 2, 4):
+        nn.init.constant_(weight, weight.item() + 2 ** t)
+        kept.append((effopd.step(t)["accepted"], weight.item()))
+    return kept
+
+
 def one_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -101,7 +114,7 @@ def one_rank(rank, folder):
             EffOPD(model, lambda m: 0.0, **settings)
         except ValueError as error:
             refused.append(str(error))
-    torch.save({"results": results, "refused": refused}, f"{folder}/{rank}.pt")
+    torch.save({"results": results, "refused": refused, "kept": disagree(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -110,6 +123,11 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(one_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_ranks_that_disagree_decide_alike(ranks):
+    # mean score: at / 2, so all is accepted until 40, from where one rank's score is not a number
+    assert ranks[0]["kept"] == ranks[1]["kept"] == [(2, 10.0), (2, 30.0), (0, 46.0)]
 
 
 def timeless(history):

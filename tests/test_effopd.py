@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -464,25 +463,3 @@ def test_wrong_options(settings, words):
 def test_a_model_with_nothing_in_scope():
     with pytest.raises(ValueError, match="scope='all'"):
         EffOPD(nn.Sequential(nn.Linear(2, 2)), lambda m: 0.0)
-
-
-def one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = Line(0.0)
-    # Alone, rank 0 would accept everything and rank 1 nothing; a third search breaks on rank 1 only.
-    scores = {0: lambda at: 2 * at, 1: lambda at: -at if at < 40 else math.nan}[rank]
-    effopd = EffOPD(model, Recorder(scores), num_candidates=2)
-    kept = []
-    for t in (1, 2, 4):
-        model.move_to(model.at + 2 ** t)
-        kept.append((effopd.step(t)["accepted"], model.at))
-    with open(f"{folder}/{rank}", "w") as f:
-        f.write(repr(kept))
-    dist.destroy_process_group()
-
-
-def test_two_processes_decide_alike(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    kept = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
-    # mean score: at / 2, so all is accepted until 40, from where one rank's score is not a number
-    assert kept[0] == kept[1] == "[(2, 10.0), (2, 30.0), (0, 46.0)]"
