@@ -202,7 +202,8 @@ class EffOPD:
     seed: of the random states that the candidates are scored under.
     offload: the copies sit in the CPU's memory; a search moves one parameter's at a time to its device.
 
-    Costs two copies of the weights in scope (W_prev and the last Δ), four when a search begins, three while it goes on.
+    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search. If `validate` raises, W_t is
+    back in the model, and calling `step(t)` again makes the same search.
     With offload=True all of them are in the CPU's memory, and the device holds, for a moment, at most three tensors as
     large as the largest parameter (in float32); the weights that come out are the same bit for bit.
     FSDP2 (fully_shard): each rank holds copies of its own shards, nothing is gathered. DDP: copies on every rank.
@@ -267,7 +268,6 @@ class EffOPD:
         gradients = {name: p.grad for name, p in self.parameters.items()}
         utility = module_utility(gradients, dict(zip(self.parameters, delta)))
         alignment = None if self.delta is None else cosine(delta, self.delta)
-        self.delta = delta                                    # now, not at the end: frees the old one for the search
         if self.utility_gate and not utility:
             raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
         moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
@@ -316,7 +316,7 @@ class EffOPD:
         }
         for kept_weights, p in zip(current, self.parameters.values()):
             kept_weights.copy_(p)
-        self.previous = current                               # W_prev: after the jump
+        self.previous, self.delta = current, delta            # W_prev: after the jump
         self.history.append(record)
         return record
 

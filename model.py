@@ -17,7 +17,9 @@ In the shapes below: B rows, T positions, C hidden size, H query heads, G key/va
 D head size, V vocabulary, R response length.
 """
 
+import copy
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# What a checkpoint directory has beside config and weights; saved models get a copy.
+COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+              "chat_template*", "generation_config.json")
 
 
 @dataclass
@@ -121,9 +128,11 @@ def rope_frequencies(config: GPTConfig) -> torch.Tensor:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B, 1, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B or 1, 1, T, D).
+
+    sin comes with the first half negated: (a, b) -> (a cos - b sin, b cos + a sin) in three operations.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -141,7 +150,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x, cos, sin, mask, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, columns=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)      # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)      # (B, T, G, D)
@@ -150,8 +159,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), cos, sin)               # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)               # (B, G, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)                         # (B, G, all positions so far, D)
+        if cache is not None:                                 # keys and values so far, (B, G, N, D) each
+            cache[0][:, :, columns], cache[1][:, :, columns] = k, v
+            k, v = cache
+        if T == 1 and not x.is_cuda:                          # one query each: twice as fast by hand on a CPU
+            q = q.view(B, k.shape[1], -1, self.head_dim) * self.head_dim ** -0.5           # (B, G, H/G, D)
+            scores = q @ k.transpose(-1, -2)                                               # (B, G, H/G, N)
+            y = F.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), dim=-1) @ v
+            return self.o_proj(y.view(B, 1, -1))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -176,24 +191,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None, columns=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, columns)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class KVCache:
-    """One layer's keys and values, allocated once and written in place."""
-
-    def __init__(self, shape, like: torch.Tensor):
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)  # (B, G, P + R, D)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
-
-    def append(self, k, v):
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class Transformer(nn.Module):
@@ -207,16 +207,25 @@ class Transformer(nn.Module):
         # A plain attribute, not a buffer: model.to(torch.bfloat16) must not round the angles.
         self.frequencies = rope_frequencies(config)
 
-    def forward(self, input_ids, positions, mask=None, caches=None):
-        """input_ids (B, T) and positions (B or 1, T) -> hidden states (B, T, C)."""
-        x = self.embed_tokens(input_ids)                      # (B, T, C)
-        if self.frequencies.device != x.device:
-            self.frequencies = self.frequencies.to(x.device)
-        angles = positions[:, None, :, None] * self.frequencies             # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)       # (B, 1, T, D)
+    def rotations(self, positions, dtype):
+        """cos and sin, (..., D) each, for positions (...); the first half of sin is negated, as rotate wants it."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None] * self.frequencies                    # (..., D/2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def forward(self, input_ids, cos, sin, mask=None, caches=None, columns=None, checkpointing=False):
+        """input_ids (B, T), cos and sin (B or 1, T, D) -> hidden states (B, T, C).
+
+        caches: a pair of tensors (B, G, N, D) for each layer, whose columns (T,) get this call's keys and values.
+        """
+        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]             # (B, T, C), (B, 1, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if caches is None else caches[i])
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, caches and caches[i], columns)
         return self.norm(x)
 
 
@@ -231,6 +240,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False                   # True: layers run again in the backward pass, for memory
+        self.source, self.hf_config = None, None              # from_pretrained's directory, and what its config said
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -250,6 +261,11 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.precision or self.lm_head.weight.dtype
+
     def forward(self, input_ids, attention_mask=None):
         """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding, left or right.
 
@@ -258,13 +274,14 @@ class GPT(nn.Module):
         return F.linear(self.hidden_states(input_ids, attention_mask), self.head)
 
     def hidden_states(self, input_ids, attention_mask=None):
-        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: chunked_reverse_kl)."""
+        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: `chunked`)."""
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
         with self.autocast():
-            hidden = self.model(input_ids, positions, mask)
-        return hidden if self.precision is None else hidden.to(self.precision)
+            cos, sin = self.model.rotations(positions, self.dtype)
+            hidden = self.model(input_ids, cos, sin, mask, checkpointing=self.gradient_checkpointing)
+        return hidden.to(self.dtype)
 
     @property
     def head(self):
@@ -272,7 +289,7 @@ class GPT(nn.Module):
         used = self.lm_head.weight
         if self.tokens_in_use < len(used):
             used = used[:self.tokens_in_use]
-        return used if self.precision is None else used.to(self.precision)
+        return used.to(self.dtype)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
@@ -299,37 +316,44 @@ class GPT(nn.Module):
             raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
                              f"context of {self.config.max_position_embeddings}")
         # Left padding puts every row's next token in the same column, so the cache is one block for all rows.
-        ids = torch.tensor([[0] * (longest - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
-        real = torch.zeros(B, longest + max_new_tokens, dtype=torch.bool, device=self.device)  # (B, P + R)
-        real[:, :longest] = torch.arange(longest, device=self.device) >= longest - torch.tensor(
-            lengths, device=self.device)[:, None]
-        real[:, longest:] = True                              # response columns: all may be attended to
-        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=self.device).view(-1)
-        c = self.config
-        head = self.head                                      # (V, C)
-        caches = [KVCache((B, c.num_key_value_heads, longest + max_new_tokens, c.head_dim), head)
-                  for _ in range(c.num_hidden_layers)]
-        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=self.device)
-        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
-        log_probs = torch.zeros(B, max_new_tokens, device=self.device)
-        alive = torch.ones(B, dtype=torch.bool, device=self.device)
+        P, N, c, device = longest, longest + max_new_tokens, self.config, self.device
+        ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=device)      # (B, P)
+        padding = torch.tensor([[P - n] for n in lengths], device=device)                  # (B, 1)
+        columns, padded = torch.arange(N, device=device), min(lengths) < P
+        positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
+        head = self.head                                                                   # (V, C)
+        cos, sin = self.model.rotations(columns, head.dtype)                               # (N, D)
+        caches = [(cos.new_empty(B, c.num_key_value_heads, N, c.head_dim),
+                   cos.new_empty(B, c.num_key_value_heads, N, c.head_dim)) for _ in self.model.layers]
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        log_probs = torch.zeros(B, max_new_tokens, device=device)
+        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
+        rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
-        positions, attend = padded_positions(real[:, :longest])
         with self.autocast():                                 # one for all steps: it keeps the cast weights
-            for r in range(max_new_tokens):
-                hidden = self.model(ids, positions, attend, caches)[:, -1].to(head.dtype)      # (B, C)
-                log_p = scaled_log_softmax(F.linear(hidden, head), temperature)                # (B, V)
-                token = sample(log_p, generator) if temperature > 0 else log_p.argmax(-1)      # (B,)
-                mask[:, r] = alive
-                tokens[:, r] = torch.where(alive, token, 0)
-                log_probs[:, r] = torch.where(alive, log_p.gather(-1, token[:, None])[:, 0], 0.0)
-                alive = alive & ~torch.isin(token, eos)
-                if not alive.any():
-                    break
-                ids, positions = token[:, None], positions[:, -1:] + 1
-                attend = real[:, None, None, :longest + r + 1]                                 # (B, 1, 1, P + r + 1)
-        R = r + 1 if max_new_tokens else 0
-        return Rollout(tokens[:, :R], mask[:, :R], log_probs[:, :R])
+            for n in range(P, N):                             # n columns are known; b of the B rows are still alive
+                views = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
+                hidden = self.model(ids, cos[positions], sin[positions], mask if padded else None, views,
+                                    slice(n - ids.shape[1], n))[:, -1].to(head.dtype)           # (b, C)
+                log_p = scaled_log_softmax(F.linear(hidden, head), temperature)                # (b, V)
+                token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
+                tokens[rows, n - P] = token
+                log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
+                if eos_token_id is not None:
+                    alive &= ~torch.isin(token, eos)
+                    left = int(alive.sum())
+                    if left == 0:
+                        break
+                    if left <= len(rows) // 2:                    # rows that have ended leave the batch
+                        caches = [(k[alive], v[alive]) for k, v in caches]
+                        rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
+                ids, positions = token[:, None], n - padding                                   # (b, 1)
+                mask = (columns[:n + 1] >= padding)[:, None, None]                             # (b, 1, 1, n + 1)
+        R = n - P + 1 if max_new_tokens else 0
+        tokens, log_probs = tokens[:, :R], log_probs[:, :R]
+        ends = torch.isin(tokens, eos).long()
+        mask = ends.cumsum(1) == ends                         # nothing has ended before
+        return Rollout(tokens * mask, mask, log_probs * mask)
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str, dtype=torch.float32) -> "GPT":
@@ -347,7 +371,8 @@ class GPT(nn.Module):
         if not files:
             raise FileNotFoundError(f"{directory} has no model.safetensors (other weight formats are not read)")
         try:
-            config = GPTConfig.from_hf(AutoConfig.from_pretrained(directory))
+            hf_config = AutoConfig.from_pretrained(directory)
+            config = GPTConfig.from_hf(hf_config)
             state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
             with torch.device("meta"):                        # no time spent on random weights
                 model = cls(config)
@@ -357,14 +382,23 @@ class GPT(nn.Module):
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         model.tie_weights()                                   # assign=True made two parameters of one
-        model.source = directory
+        model.source, model.hf_config = directory, hf_config
         return model
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, in the dtype that the weights have."""
+        """Write config.json and model.safetensors, in the dtype that the weights have.
+
+        A model that from_pretrained loaded keeps what its config said (token ids, for one), and takes the tokenizer and
+        generation files of the directory it came from along: transformers and vLLM load the result as it is.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_hf()
+        for pattern in COMPANIONS if self.source else ():
+            for file in self.source.glob(pattern):
+                if file.is_file() and not (directory / file.name).exists():
+                    shutil.copyfile(file, directory / file.name)
+        config = copy.copy(self.hf_config) or self.config.to_hf()
+        config.eos_token_id = self.config.eos_token_id
         config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config.save_pretrained(directory)
         state = {name: t.contiguous() for name, t in self.state_dict().items()
@@ -387,23 +421,24 @@ def scaled_log_softmax(logits, temperature: float):
     return F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
 
 
-def sample(log_p, generator=None):
-    """One token a row from log-probabilities (B, V), as argmax(p / noise) with Exponential(1) noise.
+def sample(log_p, rows, B: int, generator=None):
+    """A token for each of b rows from log-probabilities (b, V), as argmax(p / noise) with Exponential(1) noise.
 
-    Equal noise and nearly equal models give nearly equal samples: the common random numbers that make two
-    candidates of one search comparable.
+    The noise is drawn for all B rows of the batch, whichever of them (rows, (b,) int64) still need it. Equal noise and
+    nearly equal models give nearly equal samples: the common random numbers that make two candidates of one search
+    comparable.
     """
-    noise = torch.empty_like(log_p).exponential_(generator=generator)
-    return (log_p - noise.log()).argmax(-1)                   # (B,)
+    noise = log_p.new_empty(B, log_p.shape[-1]).exponential_(generator=generator).log_()
+    return (log_p - (noise if len(rows) == B else noise[rows])).argmax(-1)                 # (b,)
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a repository's config and safetensors; one clear line where that cannot be done."""
+    """Fetch a repository's config, safetensors and tokenizer; one clear line where that cannot be done."""
     from huggingface_hub import snapshot_download
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
         raise FileNotFoundError(f"no directory {repo_id} (a repository id looks like owner/name)")
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors", *COMPANIONS]))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None

@@ -29,9 +29,13 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -41,9 +45,11 @@ from typing import Literal, NamedTuple
 # slower when anything else runs on the cores. Giving up early costs about a tenth on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -72,6 +78,10 @@ class Run:
     seed: int = setting(0, "of training problems, rollouts and D_v; base, teacher and evaluation do not depend on it")
     out_dir: str = setting("", "the run's directory, must be new; empty: the first free one of runs/METHOD, "
                            "runs/METHOD-2, ...")
+    resume: str = setting("", "the directory of a run that stopped: goes on from there, with the settings that it has")
+    save_every: int = setting(50, "steps between states to resume from; also saved at 1, 2, 4, 8, ... and at the end")
+    keep_last: int = setting(0, "keep only so many checkpoints beside the first and the final one (0: all)")
+    skip_nonfinite: bool = setting(False, "go on after a step whose loss or gradient is not finite, without taking it")
     cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
 
 
@@ -163,7 +173,7 @@ class Config(Search, Distillation, Real, Models, Run):
         for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr",
                      "batch_size", "group_size", "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates",
-                     "dv_size", "first_trigger", "max_new_tokens", "rollout_batch_size"):
+                     "dv_size", "first_trigger", "max_new_tokens", "rollout_batch_size", "save_every"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
         if self.digits not in (1, 2):
@@ -175,7 +185,7 @@ class Config(Search, Distillation, Real, Models, Run):
                              f"got {self.group_size}")
         if not -1 <= self.alignment_gate <= 1:
             raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {self.alignment_gate}")
-        for name in ("search_every", "micro_batch_size"):
+        for name in ("search_every", "micro_batch_size", "keep_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be 0 (off) or more, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -243,6 +253,8 @@ def parse_config(args=None) -> Config:
                               usage="python train.py [--SETTING VALUE ...]")
     first.error = parser.error = stop
     chosen = first.parse_known_args(args)[0]
+    if chosen.resume:
+        return resumed(chosen.resume, sys.argv[1:] if args is None else args)
     parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
     config = vars(parser.parse_args(args))
     method, owners = config["method"], {f.name: ("effopd",) for f in fields(Search)} | {
@@ -262,6 +274,23 @@ def parse_config(args=None) -> Config:
         return Config(**config)
     except ValueError as error:
         stop(error)
+
+
+def resumed(directory: str, args) -> Config:
+    """The settings of the run in this directory."""
+    others = sorted({a.split("=")[0] for a in args if a.startswith("--")} - {"--resume"})
+    if others:
+        stop(f"--resume takes every setting from the run; leave out {', '.join(others)}")
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        stop(f"--resume: there is no {path}, so nothing can go on there")
+    try:
+        saved = json.loads(path.read_text())
+        return Config(**{name: value for name, value in saved.items() if name != "versions"} |
+                      dict(out_dir=directory, resume=directory))
+    except (ValueError, TypeError, AttributeError) as error:
+        stop(f"{path} is damaged or of another version ({first_line(error)}); a new run can start from its weights "
+             f"with --student {last_checkpoint(path.parent)}")
 
 
 def stop(message):
@@ -526,7 +555,11 @@ def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
     models = []
     for option, built_in in (("student", "base"), ("teacher", "teacher")):
         directory = getattr(config, option) or home / built_in
-        model = GPT.from_pretrained(directory, dtype_of(config, option)).to(config.device)
+        try:
+            model = GPT.from_pretrained(directory, dtype_of(config, option)).to(config.device)
+        except (ValueError, OSError) as error:
+            raise error if directory != home / built_in else ValueError(
+                f"{home} is damaged ({first_line(error)}): remove it and it will be made again") from None
         if model.config.vocab_size != task.vocab_size:
             raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
         if model.config.max_position_embeddings < task.max_prompt + task.max_response:
@@ -735,10 +768,10 @@ def loss_of(config, student, teacher, batch, hidden, target, advantages, num_tok
                    hidden, student.head, tokens, weights)
 
 
-def train_step(config, task, student, teacher, optimizer, problems, generator):
-    """One step on these problems. Returns the batch, the teacher's states at its answers, and the log's line.
+def backward(config, task, student, teacher, problems, generator):
+    """Rollouts, teacher's scores, loss and gradients, clipped. Returns the batch, the teacher's states, the log's line.
 
-    The gradients are left where they are: zero them before the next step.
+    FloatingPointError for a loss or a gradient that is not finite.
     """
     if config.method == "rl":                                 # neighbours are a group
         problems = [p for p in problems for _ in range(config.group_size)]
@@ -757,7 +790,7 @@ def train_step(config, task, student, teacher, optimizer, problems, generator):
         hidden = states(student, part)                                                     # (N, C)
         piece = loss_of(config, student, teacher, part, hidden, targets[-1], part_advantages, num_tokens)
         if not math.isfinite(piece.item()):
-            raise FloatingPointError(f"the loss is {piece.item()}; try a lower --lr")
+            raise FloatingPointError(f"the loss is {piece.item()}")
         piece.backward()
         loss += piece.item()
         if config.method in ("opd", "effopd") and config.loss == "full":
@@ -765,83 +798,268 @@ def train_step(config, task, student, teacher, optimizer, problems, generator):
         elif teacher is not None:                             # for the log only
             with torch.no_grad():
                 kl += kl_of(student, teacher, hidden, targets[-1], num_tokens).item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-    optimizer.step()
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        where = [name for name, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise FloatingPointError(f"the gradient's norm is {grad_norm}, the loss {loss:.3g}; not finite in "
+                                 f"{', '.join(where[:2]) or 'the sum of squares'}{' and others' * (len(where) > 2)}")
     return batch, targets, dict(loss=loss, kl=None if teacher is None else kl, reward=rewards.mean().item(),
-                                grad_norm=grad_norm.item(), lr=config.lr)
+                                grad_norm=grad_norm, lr=config.lr)
 
 
 def make_optimizer(config, student):
     return torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path, label: str) -> dict:
-    """Train the student in place, keep the run in out_dir, return its summary."""
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+    """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
+
+    Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
+    """
     held_out = evaluation_problems(config, task)
     dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
     batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
                            random.Random(f"training {config.seed}"), {*held_out, *dv})
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    optimizer = make_optimizer(config, student)
-    score = Score(config, task, teacher, dv)
-    effopd = None
-    if config.method == "effopd":
-        effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
-                        num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
-                        every=config.search_every, optimizer=optimizer if config.reset_moments else None,
-                        utility_gate=config.utility_gate, offload=config.offload,
-                        alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
-    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
-    save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
+    optimizer, signals, score = make_optimizer(config, student), Signals(), Score(config, task, teacher, dv)
 
-    student_tokens, seconds, searches = 0, 0.0, []
-    first_accuracy, before = evaluate(student, task, held_out)
-    curve = [dict(step=0, accuracy=first_accuracy, tokens=0, seconds=0.0)]
-    bar = tqdm(range(1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True)
-    for step in bar:
-        start = time.perf_counter()
-        try:
-            batch, targets, line = train_step(config, task, student, teacher, optimizer, next(batches), generator)
-        except FloatingPointError as error:
-            raise ValueError(f"step {step}: {error}. The run so far is in {out_dir}") from None
-        seconds += time.perf_counter() - start
+    def validate(model):
+        with signals.may_interrupt():
+            return score(model)
 
-        if step.bit_count() == 1:                             # 1, 2, 4, 8, ...: before a jump
-            save_checkpoint(student, out_dir / "checkpoints" / f"step_{step:06d}")
-        if effopd is not None:
-            start, tokens_before = time.perf_counter(), score.tokens
-            score.last_batch = batch, targets
-            search = effopd.step(step)
-            seconds += time.perf_counter() - start
-            if search is not None:
-                searches.append(search | {"tokens": score.tokens - tokens_before})
-                append_json(out_dir / "search.jsonl", searches[-1])
-        optimizer.zero_grad()                                 # after the search, which reads the gradients
+    effopd = make_effopd(config, student, validate, optimizer) if config.method == "effopd" else None
+    state, pending = load_state(out_dir), None                # pending: of a step that was stopped before its end
+    if state is None:
+        run = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[])
+        accuracy, answers = evaluate(student, task, held_out)
+        run |= dict(curve=[dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0)],
+                    examples=wrong_answers(task, held_out, answers))
+        write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
+        save_checkpoint(student, out_dir, "step_000000", config.keep_last)
+        save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
+    else:
+        run, pending = restore(state, student, optimizer, effopd, generator)
+        tidy(out_dir, run)
+        score.tokens = run["validation_tokens"]
+        for _ in range(run["step"] + (pending is not None)):  # the data's order: draw once more what was used
+            next(batches)
+    bar = tqdm(range(run["step"] + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True,
+               initial=run["step"], total=config.steps)
+    with signals:
+        for step in bar:
+            start, before = time.perf_counter(), random_states(generator)
+            try:
+                if pending is None:
+                    problems = next(batches)
+                    try:
+                        with signals.may_interrupt():
+                            pending = backward(config, task, student, teacher, problems, generator)
+                        optimizer.step()
+                    except FloatingPointError as error:
+                        if not config.skip_nonfinite:
+                            raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
+                                             f"{last_checkpoint(out_dir)}. Try a lower --lr, or --skip_nonfinite"
+                                             ) from None
+                        run["skipped"] += 1
+                        pending = None, None, dict(loss=None, kl=None, skipped=str(error))
+                    pending[2]["seconds"] = run["seconds"] + time.perf_counter() - start
+                batch, targets, line = pending
+                if step.bit_count() == 1:                     # 1, 2, 4, 8, ...: before a jump
+                    save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
+                searched = run["searches"] and run["searches"][-1]["step"] == step
+                if effopd is not None and batch is not None and not searched:
+                    start, score.last_batch = time.perf_counter(), (batch, targets)
+                    search = effopd.step(step)
+                    line["seconds"] += time.perf_counter() - start
+                    if search is not None:
+                        run["searches"].append(search | {"tokens": score.tokens - run["validation_tokens"]})
+                        run["validation_tokens"] = score.tokens
+                        append_json(out_dir / "search.jsonl", run["searches"][-1])
+                if step % config.eval_every == 0 or step == config.steps:
+                    with signals.may_interrupt():
+                        line["accuracy"], answers = evaluate(student, task, held_out)
+                    look_again(task, run["examples"], dict(zip(held_out, answers)))
+            except KeyboardInterrupt:                         # asked twice: not even to the end of the step
+                save_state(out_dir, config, run, student, optimizer, effopd,
+                           before if pending is None else random_states(generator), pending)
+                raise Interrupted(f"in step {step}", signals.asked) from None
+            optimizer.zero_grad()                             # after the search, which reads the gradients
+            run |= dict(step=step, seconds=line["seconds"],
+                        student_tokens=run["student_tokens"] + (0 if batch is None else int(batch.mask.sum())))
+            line = {"step": step, **line, "student_tokens": run["student_tokens"],
+                    "validation_tokens": run["validation_tokens"]}
+            if "accuracy" in line:
+                run["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
+                                         tokens=run["student_tokens"] + run["validation_tokens"]))
+            run["log"].append(line)
+            append_json(out_dir / "log.jsonl", line)
+            pending = None
+            if step.bit_count() == 1 or step % config.save_every == 0 or step == config.steps or signals.asked:
+                save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
+            if signals.asked:
+                raise Interrupted(f"after step {step}", signals.asked)
+            bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", accuracy=f"{run['curve'][-1]['accuracy']:.3f}")
 
-        student_tokens += int(batch.mask.sum())
-        line = dict(step=step, **line, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
-        if step % config.eval_every == 0 or step == config.steps:
-            line["accuracy"], after = evaluate(student, task, held_out)
-            curve.append(dict(step=step, accuracy=line["accuracy"], tokens=student_tokens + score.tokens,
-                              seconds=seconds))
-        append_json(out_dir / "log.jsonl", line)
-        bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
-
-    save_checkpoint(student, out_dir / "checkpoints" / "final")
+    save_checkpoint(student, out_dir, "final", config.keep_last)
     summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                   final_accuracy=fmean(point["accuracy"] for point in curve[1:][-3:]),
-                   tokens=student_tokens + score.tokens, validation_tokens=score.tokens, seconds=seconds,
-                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in searches],
-                   curve=curve, examples=examples(task, held_out, before, after))
+                   final_accuracy=fmean(point["accuracy"] for point in run["curve"][1:][-3:]),
+                   tokens=run["student_tokens"] + run["validation_tokens"], skipped=run["skipped"],
+                   validation_tokens=run["validation_tokens"], seconds=run["seconds"],
+                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in run["searches"]],
+                   curve=run["curve"], examples=run["examples"])
     write_json(out_dir / "summary.json", summary)
     return summary
 
 
-def examples(task, problems, before, after, n=3) -> list[dict]:
-    """The first n problems that the student got wrong before training, with its answers before and after."""
-    rows = [dict(problem=p, before=task.decode(b), after=task.decode(a), right=task.is_correct(p, task.decode(a)))
-            for p, b, a in zip(problems, before, after) if not task.is_correct(p, task.decode(b))]
-    return rows[:n]
+def make_effopd(config, student, validate, optimizer):
+    return EffOPD(student, validate, accept=config.accept, candidates=config.candidates, scope=config.scope,
+                  num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
+                  every=config.search_every, optimizer=optimizer if config.reset_moments else None,
+                  utility_gate=config.utility_gate, offload=config.offload,
+                  alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
+
+
+def wrong_answers(task, problems, answers, n=3) -> list[dict]:
+    """The first n problems that the student gets wrong before training, with its answers."""
+    texts = ((p, task.decode(a)) for p, a in zip(problems, answers))
+    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:n]
+
+
+def look_again(task, rows, answers):
+    """Put the answers that they get now into the rows of `wrong_answers`."""
+    for row in rows:
+        row["after"] = task.decode(answers[row["problem"]])
+        row["right"] = task.is_correct(row["problem"], row["after"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# If it stops: signals, and the state that a run goes on from.
+
+class Interrupted(Exception):
+    """A run that a signal stopped: (where, the signal's number). It can be resumed."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: the first asks for a stop after the step, the second stops what `may_interrupt` surrounds."""
+
+    def __init__(self):
+        self.asked, self.at_once, self.inside = 0, False, False
+
+    def __enter__(self):
+        main_thread = threading.current_thread() is threading.main_thread()    # only there can signals be received
+        self.previous = {number: signal.signal(number, self.receive)
+                         for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if not self.asked:
+            self.asked = number
+            print("\nStopping after this step; once more stops at once", file=sys.stderr)
+        else:
+            self.at_once = True
+            if self.inside:
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def may_interrupt(self):
+        if self.at_once:
+            raise KeyboardInterrupt
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+
+def random_states(generator) -> dict:
+    kind, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+                generator=generator.get_state())
+
+
+def set_random_states(states, generator):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    generator.set_state(states["generator"])
+
+
+def save_state(out_dir, config, run, student, optimizer, effopd, states, pending=None):
+    """Everything that a run depends on, after run["step"] steps. The state before it stays as state_previous.pt."""
+    state = dict(run=run, student=student.state_dict(), optimizer=optimizer.state_dict(),
+                 effopd=effopd and effopd.state_dict(), random=states)
+    if pending is not None:                                   # the step has been taken; its search, perhaps, has not
+        batch, targets, line = pending
+        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+                                gradients={name: p.grad for name, p in student.named_parameters()})
+    path = out_dir / "state.pt"
+    with replacing(path) as scratch:
+        with open(scratch, "wb") as f:
+            torch.save(state, f)
+        if path.exists() and config.keep_last != 1:
+            path.replace(out_dir / "state_previous.pt")
+
+
+def load_state(out_dir) -> dict | None:
+    """The newest state of a run that can be read; None if there never was one. ValueError if none is left."""
+    paths = [path for path in (out_dir / "state.pt", out_dir / "state_previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"run", "student", "optimizer", "effopd", "random"} <= set(state):
+                raise ValueError("it lacks parts")
+            return state
+        except Exception as error:                            # a broken file can raise anything
+            print(f"{path} is damaged ({first_line(error)}); trying the state before it", file=sys.stderr)
+    if paths:
+        raise ValueError(f"{out_dir} has no state that can be read, so it cannot go on; a new run can start from its "
+                         f"weights with --student {last_checkpoint(out_dir)}")
+
+
+def restore(state, student, optimizer, effopd, generator):
+    """Put a state back. Returns the run so far, and the step that was not finished, if any."""
+    student.load_state_dict(state["student"])
+    optimizer.load_state_dict(state["optimizer"])
+    if effopd is not None:
+        effopd.load_state_dict(state["effopd"])
+    set_random_states(state["random"], generator)
+    if "pending" not in state:
+        return state["run"], None
+    saved = state["pending"]
+    for name, p in student.named_parameters():
+        grad = saved["gradients"][name]
+        p.grad = None if grad is None else grad.to(p.device)
+    batch = saved["batch"] and Batch(*(x.to(student.device) for x in saved["batch"]))
+    targets = saved["targets"] and [x if x is None else x.to(student.device) for x in saved["targets"]]
+    return state["run"], (batch, targets, saved["line"])
+
+
+def tidy(out_dir, run):
+    """Take back what was written after the state: log lines, checkpoints, files half written."""
+    for name in ("log", "search"):
+        lines = run["log" if name == "log" else "searches"]
+        if not lines:
+            (out_dir / f"{name}.jsonl").unlink(missing_ok=True)
+            continue
+        with replacing(out_dir / f"{name}.jsonl") as scratch:
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in sorted((out_dir / "checkpoints").iterdir()):
+        number = path.name.removeprefix("step_")
+        if number.isdecimal() and int(number) > run["step"] or path.suffix == ".part":
+            shutil.rmtree(path)
+        else:
+            try:
+                with safe_open(path / "model.safetensors", "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                print(f"{path} is damaged ({first_line(error)}); the run does without it, analyze.py cannot",
+                      file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -849,11 +1067,12 @@ def examples(task, problems, before, after, n=3) -> list[dict]:
 
 def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
-    train_step(config, task, rehearsal, teacher, make_optimizer(config, rehearsal),
-               task.problems(config.batch_size, random.Random(0)), None)
+    backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
+    make_optimizer(config, rehearsal).step()
+    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     runs = {}
     for name, (directory, settings) in RACE.items():
-        (out_dir / directory).mkdir()
+        (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
                             out_dir / directory, name)
     summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
@@ -924,7 +1143,7 @@ def draw_race(summary, path):
     panels[0].set_ylabel("accuracy (one sampled answer a problem)")
     panels[0].legend(loc="lower right")
     figure.suptitle("One student, one teacher, three ways to distil (dots: where a search accepted a jump)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -938,9 +1157,8 @@ def versions(device) -> dict:
 
 
 def write_json(path: Path, value):
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)                                     # never a half-written file under the real name
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1))
 
 
 def append_json(path: Path, line: dict):
@@ -948,16 +1166,68 @@ def append_json(path: Path, line: dict):
         f.write(json.dumps(line) + "\n")
 
 
-def save_checkpoint(model, directory: Path):
-    scratch = directory.with_name(directory.name + ".part")
-    model.save_pretrained(scratch)
-    scratch.rename(directory)
+def save_checkpoint(model, out_dir: Path, name: str, keep_last: int = 0):
+    """out_dir/checkpoints/name. Of those of later steps than 0, only the last keep_last stay (0: all)."""
+    home = out_dir / "checkpoints"
+    home.mkdir(exist_ok=True)
+    with replacing(home / name) as scratch:
+        model.save_pretrained(scratch)
+    if keep_last:
+        for old in sorted(home.glob("step_*[1-9]*"))[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def last_checkpoint(out_dir: Path) -> Path | str:
+    return max((out_dir / "checkpoints").glob("step_*[0-9]"), default="(there is none)")
+
+
+@contextmanager
+def replacing(path: Path):
+    """A path beside `path`: what is written to it takes path's place when the block ends, all or nothing.
+
+    OSError names the file that could not be written; what was there before is still there.
+    """
+    scratch = path.with_name(path.name + ".part")
+    try:
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+        yield scratch
+        for file in scratch.iterdir() if scratch.is_dir() else [scratch]:
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())                          # on the disk before it has the name
+        if path.is_dir():
+            shutil.rmtree(path)
+        scratch.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {first_line(error)}") from None
+
+
+def first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def check_space(config, model, out_dir):
+    """ValueError if the disk has too little room for the run's checkpoints and states."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    checkpoints = min(config.steps.bit_length(), config.keep_last or math.inf) + 3      # 0, final, one being written
+    states = (3 if config.keep_last != 1 else 2) * (5 if config.method != "opd" else 3)  # weights, moments, W_prev, Δ
+    needed = weights * (checkpoints + states) * (len(RACE) if config.method == "race" else 1)
+    free = shutil.disk_usage(out_dir).free
+    if needed > free:
+        raise ValueError(f"{out_dir} is on a disk with {free / 1e9:.1f} GB free, and the run can take "
+                         f"{needed / 1e9:.1f} GB; choose another --out_dir, or keep fewer checkpoints "
+                         "with --keep_last 1")
 
 
 def claim_directory(config) -> Path:
     """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free: no run overwrites another."""
     if config.out_dir:
-        Path(config.out_dir).mkdir(parents=True)
+        try:
+            Path(config.out_dir).mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"--out_dir {config.out_dir} exists already; name a new directory or remove it, or go on "
+                             f"with --resume {config.out_dir}") from None
         return Path(config.out_dir)
     Path("runs").mkdir(exist_ok=True)
     for n in range(1, sys.maxsize):
@@ -971,19 +1241,21 @@ def claim_directory(config) -> Path:
 
 def main(args=None):
     config = parse_config(args)
-    if config.out_dir and Path(config.out_dir).exists():      # said now, not after base and teacher were made
-        stop(f"--out_dir {config.out_dir} exists already; name a new directory or remove it")
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")            # TF32 on tensor cores
+    out_dir = None
     try:
+        out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
         task, student, teacher = load(config)
+        check_space(config, student, out_dir)
         problems = evaluation_problems(config, task)
-        print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
-              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
-        out_dir = claim_directory(config)
+        if not config.resume:
+            print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
+                  (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
         if config.method == "race":
             summary = race(config, task, student, teacher, out_dir)
-            draw_race(summary, out_dir / "race.png")
+            with replacing(out_dir / "race.png") as scratch:
+                draw_race(summary, scratch)
             label = list(RACE)[-1]
             print_examples(label, summary["methods"][label]["examples"])
             print_race(summary)
@@ -993,8 +1265,17 @@ def main(args=None):
             print_examples(config.method, summary["examples"])
             print_run(summary)
             print(f"\nEverything is in {out_dir}")
+    except Interrupted as stopped:
+        where, number = stopped.args
+        print(f"train.py: stopped {where}; to go on: python train.py --resume {out_dir}", file=sys.stderr)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        stop("stopped before training began")
     except (ValueError, OSError) as error:
         stop(error)
+    finally:
+        if out_dir and not config.resume and not any(out_dir.iterdir()):
+            out_dir.rmdir()                                   # nothing came of it
 
 
 if __name__ == "__main__":

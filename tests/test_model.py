@@ -1,11 +1,14 @@
 """model.py against transformers, and against what sampling means."""
 
 import json
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from model import GPT, GPTConfig
 
@@ -73,6 +76,48 @@ def test_checkpoint_saved_by_transformers_loads(tmp_path):
         torch.testing.assert_close(GPT.from_pretrained(tmp_path / "theirs")(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR is not set: the directory of a SmolLM2 "
+                    "checkpoint with its tokenizer (README.md says how to make one)")
+def test_a_real_checkpoint_is_the_same_in_transformers():
+    source = os.environ["SMOLLM2_DIR"]
+    model, theirs = GPT.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                             return_dict=True)["input_ids"]
+               for question in ("What is 17 + 25?", "Name three rivers in Europe, and a city on each of them.")]
+    together = model.generate(prompts, 64, temperature=0)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+        reference = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+                                    eos_token_id=-1, pad_token_id=0)[0, len(prompt):]
+        assert together.tokens[row].tolist() == reference.tolist()
+
+
+def test_what_came_with_a_checkpoint_is_saved_with_it(tmp_path):
+    theirs = AutoModelForCausalLM.from_config(tiny().config.to_hf(), dtype=torch.bfloat16)
+    theirs.config.update(dict(bos_token_id=1, pad_token_id=3, eos_token_id=[2, 4]))
+    theirs.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=[2, 4], pad_token_id=3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    words = {w: i for i, w in enumerate("<unk> <s> </s> <pad> one two three four".split())}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="</s>",
+                            pad_token="<pad>", chat_template="{{ messages[0]['content'] }}").save_pretrained(tmp_path / "theirs")
+
+    GPT.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16).save_pretrained(tmp_path / "ours")
+    again, config = AutoTokenizer.from_pretrained(tmp_path / "ours"), json.loads((tmp_path / "ours/config.json").read_text())
+    assert again.get_vocab() == words and again.pad_token_id == 3 and again.eos_token_id == 2
+    assert again.apply_chat_template([{"role": "user", "content": "two"}], tokenize=False) == "two"
+    assert config == json.loads((tmp_path / "theirs/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 4]
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), torch.tensor([[4, 5, 6]])
+    assert model.dtype == torch.bfloat16 and model.generation_config.max_new_tokens == 5
+    assert torch.equal(model.generate(ids, do_sample=False), theirs.generate(ids, do_sample=False))
+
+    GPT.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "ours")        # in place; float32 this time
+    assert GPT.from_pretrained(tmp_path / "ours").hf_config.dtype == torch.float32
+
+
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "gpt2"}, "llama, qwen2 and qwen3"), ({"hidden_act": "gelu"}, "activation 'gelu'"),
     ({"mlp_bias": True}, "bias in the MLP"), ({"attention_bias": True}, "bias in o_proj"),
@@ -112,6 +157,20 @@ def test_bfloat16_keeps_exact_angles():
     model = tiny().to(torch.bfloat16)
     assert torch.equal(model.model.frequencies, tiny().model.frequencies)
     assert model(torch.tensor([PROMPTS[1]])).dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids, calls = tiny(num_key_value_heads=2, qk_norm=True), torch.randint(0, 20, (3, 9)), []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        F.cross_entropy(model(ids, mask).flatten(0, 1), ids.flatten()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert len(calls) == 3                                    # once without; forward and backward with it
+    torch.testing.assert_close(*gradients, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -168,6 +227,19 @@ def test_rows_end_at_their_first_eos():
         assert not set(tokens[:n - 1]) & set(eos)             # the first EOS is the last real token
         assert n == len(mask) == 30 or tokens[n - 1] in eos
         assert all(x == 0 for x in tokens[n:] + log_probs[n:]) and all(x < 0 for x in log_probs[:n])
+
+
+def test_rows_that_end_leave_the_others_alone():
+    model, n, eos = tiny(), 40, [4, 7]
+    free = model.generate(PROMPTS * 20, n, generator=torch.Generator().manual_seed(0))
+    rollout = model.generate(PROMPTS * 20, n, generator=torch.Generator().manual_seed(0), eos_token_id=eos)
+    assert rollout.mask[:, -1].sum() <= 60 // 4             # the batch was halved twice
+    R = rollout.tokens.shape[1]
+    ended = torch.isin(free.tokens, torch.tensor(eos)).long().cumsum(1)
+    mask = torch.cat((torch.zeros(60, 1), ended[:, :-1]), dim=1)[:, :R] == 0         # up to the first EOS
+    assert torch.equal(rollout.mask, mask)
+    assert torch.equal(rollout.tokens, free.tokens[:, :R] * mask)
+    torch.testing.assert_close(rollout.log_probs, free.log_probs[:, :R] * mask, atol=1e-5, rtol=0)
 
 
 def test_generation_stops_when_all_rows_ended():

@@ -95,7 +95,8 @@ def test_a_run_ends_in_a_model_that_transformers_loads_and_talks_with(home, tmp_
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all((line["kl"] is None) == ("teacher" in settings) for line in lines)
     start = GPT.from_pretrained(home / "student")
-    assert not torch.equal(GPT.from_pretrained(final).lm_head.weight, start.lm_head.weight)
+    moved = not torch.equal(GPT.from_pretrained(final).lm_head.weight, start.lm_head.weight)
+    assert moved or settings["method"] == "rl"                # which no right answer rewards here
 
 
 def test_sft_on_a_file_learns_the_files_answers(home, tmp_path):
@@ -125,18 +126,17 @@ def test_micro_batches_have_the_whole_batchs_gradient_and_that_is_the_losss(home
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: torch.zeros(()))
     monkeypatch.setattr(task, "is_correct", lambda p, a: sum(map(ord, a)) % 2 == 0)        # some advantages are not 0
     problems = task.problems(8, random.Random(3))[:8 // (2 if config.method == "rl" else 1)]
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     for rows in (0, 1, 3, 5):
-        optimizer.zero_grad()
+        student.zero_grad()
         config = dataclasses.replace(config, micro_batch_size=rows)
         generator = torch.Generator().manual_seed(0)
-        batch, _, line = train.train_step(config, task, student, teacher, optimizer, problems, generator)
+        batch, _, line = train.backward(config, task, student, teacher, problems, generator)
         gradients.append([p.grad.clone() for p in student.parameters()] + [torch.tensor((line["loss"], line["kl"]))])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
-    optimizer.zero_grad()                                     # and from all logits at once, as written in effopd.py
+    student.zero_grad()                                       # and from all logits at once, as written in effopd.py
     z, q, y = student(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.ids[:, 1:]
     answers = [row[1:][m].tolist() for row, m in zip(batch.ids, batch.mask)]
     rewards = torch.tensor([float(task.is_correct(None, task.decode(a))) for a in answers])
@@ -160,6 +160,9 @@ def test_mixed_precision_keeps_the_weights_in_float32_and_computes_in_bfloat16(h
     student(ids).float().square().mean().backward()
     assert student(ids).dtype == torch.bfloat16 and student.model.layers[0].mlp.up_proj.weight.grad.dtype == torch.float32
     assert 0 < (student(ids) - exact).abs().max() < 0.03 * exact.abs().max()
+    rollout = student.generate(ids.tolist(), 6, temperature=0)
+    whole = student(torch.cat((ids, rollout.tokens), dim=1))[:, ids.shape[1] - 1:-1].float().log_softmax(-1)
+    assert (whole.gather(-1, rollout.tokens[..., None])[..., 0] - rollout.log_probs).abs().max() < 0.1
 
 
 # Tokenizers and startup checks.
@@ -207,8 +210,8 @@ def test_thinking_is_off_unless_asked_for(home, tmp_path):
 
 def test_the_split_is_fixed_by_the_seed_and_disjoint(home, tmp_path, monkeypatch):
     splits, seen = {}, []
-    real = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: seen.append(a[5]) or real(*a))
+    real = train.backward
+    monkeypatch.setattr(train, "backward", lambda *a: seen.append(a[4]) or real(*a))
     for n, seed in enumerate((0, 0, 1)):
         config = config_of(home, seed=seed, steps=12, method="effopd")
         task, student, teacher = load(config)
