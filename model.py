@@ -285,7 +285,7 @@ class GPT(nn.Module):
         temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
         generator: a torch.Generator on the model's device; None draws from the global random state.
         eos_token_id: an id, several, or None for "never ends".
-        compile: True decodes through torch.compile with static shapes and, on a GPU, CUDA graphs; a string names another
+        compile: True decodes through torch.compile with static shapes (on a GPU, CUDA graphs); a string names another
             backend. Costs a compilation at the first call, and again where B or the length grows, and keeps its cache
             of keys and values. Same samples. Tested on a CPU, where it does not pay; no GPU has run it yet.
         Stops when every row has ended. ValueError for an empty prompt, for one that does not fit the context, and for
