@@ -41,7 +41,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from effopd import basis_alignment, module_of, reverse_kl, spectral_metrics
-from train import Chains, Config, evaluate, evaluation_problems, load_models, pack, pick_device, write_json
+from train import Config, evaluate, evaluation_problems, load, pack, pick_device, write_json
 
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
@@ -826,8 +826,7 @@ def study_runs(args, out_dir) -> Study:
         print(f"{run.label}: {run.directory}")
     weights = read_weights(base, points, whole={run.last for run in runs})
     config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
-    task = Chains(config.num_ops, config.digits)
-    model, teacher = load_models(config, task)
+    task, model, teacher = load(config)
     w_0 = {name: base.read(name) for name in base.slices}
     if not all(torch.equal(p.cpu(), w_0[name]) for name, p in model.named_parameters()):
         print("warning: --cache_dir does not hold the base of these runs, so its teacher is not theirs either: "

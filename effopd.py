@@ -23,16 +23,26 @@ Where the paper is silent or says two things, this is what we chose:
     (utility_gate, alignment_gate), since the paper's algorithm uses neither.
 """
 
+import json
+import logging
 import math
 import random
 import re
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+try:
+    from transformers.trainer_callback import TrainerCallback
+except ImportError:                                           # only EffOPDCallback needs it
+    TrainerCallback = object
+
+log = logging.getLogger(__name__)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -105,6 +115,53 @@ def group_advantages(rewards, group_size, eps=1e-6):
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + eps)).view(-1)
 
 
+def chunked(loss, hidden, head, *per_token, chunk_size=None):
+    """Σ over chunks of loss(logits (n, V), *per_token's rows): the logits of all N tokens never exist at once.
+
+    hidden (N, C) and head (V, C) make the logits; per_token: tensors of N rows that go with them. `loss` gives a sum
+    over its rows, or a mean over a fixed num_tokens. Value and gradients (with respect to hidden and head) are those of
+    the whole form; a chunk's gradients are taken while its logits are there, so nothing is computed twice.
+    chunk_size: n. None: as many as make 2^25 logits, 128 MB in float32, of which a KL's gradient needs some five.
+    """
+    chunk_size = chunk_size or max(1, 2 ** 25 // len(head))
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        return Chunks.apply(loss, chunk_size, hidden, head, *per_token)
+    pieces = zip(*(x.split(chunk_size) for x in (hidden, *per_token)))
+    return sum((loss(F.linear(h, head), *rest) for h, *rest in pieces), hidden.new_zeros((), dtype=torch.float32))
+
+
+class Chunks(torch.autograd.Function):
+    """`chunked` with gradients."""
+
+    @staticmethod
+    def forward(ctx, loss, chunk_size, hidden, head, *per_token):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.zeros_like(hidden)                                      # (N, C)
+        d_head = torch.zeros_like(head, dtype=torch.float32)                     # (V, C); summed up, so in float32
+        for i in range(0, len(hidden), chunk_size):
+            rows = slice(i, i + chunk_size)
+            with torch.enable_grad():
+                logits = F.linear(hidden[rows], head).detach().requires_grad_()  # (n, V)
+                value = loss(logits, *(x[rows] for x in per_token))
+            d_logits, = torch.autograd.grad(value, logits)
+            d_hidden[rows] = d_logits @ head
+            if d_logits.dtype == torch.float32:
+                d_head.addmm_(d_logits.T, hidden[rows])                          # without a second matrix of that size
+            else:
+                d_head += d_logits.T @ hidden[rows]
+            total += value.detach()
+        ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
+        ctx.per_token = len(per_token)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_hidden, d_head = ctx.saved_tensors
+        if d_total != 1:
+            d_hidden, d_head = d_hidden * d_total, d_head * d_total
+        return None, None, d_hidden, d_head, *[None] * ctx.per_token
+
+
 def masked_mean(values, mask, num_tokens=None):
     """Σ of values where mask is set, over num_tokens."""
     num_tokens = mask.sum() if num_tokens is None else num_tokens
@@ -143,14 +200,20 @@ class EffOPD:
     utility_gate: a jump leaves out the matrices whose utility (see `module_utility`) is not positive.
     alignment_gate: no search where cos(Δ, the last search's Δ) is below this (None: always search).
     seed: of the random states that the candidates are scored under.
+    offload: the copies sit in the CPU's memory; a search moves one parameter's at a time to its device.
 
-    Costs two copies of the weights in scope (W_prev and the last Δ), four when a search begins, three while it goes on.
-    ValueError for a wrong option, for a model that has nothing in scope, and from `step` if utility_gate finds no
-    gradients.
+    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search. If `validate` raises, W_t is
+    back in the model, and calling `step(t)` again makes the same search.
+    With offload=True all of them are in the CPU's memory, and the device holds, for a moment, at most three tensors as
+    large as the largest parameter (in float32); the weights that come out are the same bit for bit.
+    FSDP2 (fully_shard): each rank holds copies of its own shards, nothing is gathered. DDP: copies on every rank.
+    ValueError for a wrong option, for a model that has nothing in scope, for FSDP1, for offload with FSDP2, and from
+    `step` if utility_gate finds no gradients.
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",
-                 first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None, seed=0):
+                 first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None, seed=0,
+                 offload=False):
         for name, value, allowed in [("accept", accept, ("gt", "ge")), ("scope", scope, (*SCOPES, "all")),
                                      ("candidates", candidates, ("linear", "doubling"))]:
             if value not in allowed:
@@ -159,22 +222,28 @@ class EffOPD:
                                    ("every", every, 0)]:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise ValueError("FSDP1 flattens the parameters: use FSDP2 (fully_shard; in accelerate, fsdp_version: 2)")
         self.model, self.validate, self.optimizer, self.seed = model, validate, optimizer, seed
+        self.offload = offload
         self.improves = (lambda new, old: new > old) if accept == "gt" else (lambda new, old: new >= old)
         self.multiples = [2 * k if candidates == "linear" else 2 ** k for k in range(1, num_candidates + 1)]
         self.first_trigger, self.every = first_trigger, every
         self.utility_gate, self.alignment_gate = utility_gate, alignment_gate
+        reshard(model)
         # named_parameters lists a tied matrix once, so it moves once.
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and (
             scope == "all" or p.ndim >= 2 and any(part in name.lower() for part in SCOPES[scope]))}
         if not self.parameters:
             raise ValueError(f"no trainable parameter of this model is in scope {scope!r}; use scope='all'")
+        if offload and any(map(is_sharded, self.parameters.values())):
+            raise ValueError("offload=True is not for sharded parameters (FSDP2): their copies are sharded already")
         self.previous = self.copy_weights()                   # W_prev
         self.delta = None                                     # Δ of the last search
         self.history = []                                     # the record of every search
 
     def copy_weights(self):
-        return [p.detach().clone() for p in self.parameters.values()]
+        return [p.detach().to("cpu" if self.offload else p.device, copy=True) for p in self.parameters.values()]
 
     def is_trigger(self, t: int) -> bool:
         """Whether a search follows optimiser step t (counted from 1)."""
@@ -193,21 +262,24 @@ class EffOPD:
         if not self.is_trigger(t):
             return None
         start = time.perf_counter()
+        reshard(self.model)
         current = self.copy_weights()                         # W_t
         delta = [now - before for now, before in zip(current, self.previous)]
         gradients = {name: p.grad for name, p in self.parameters.items()}
         utility = module_utility(gradients, dict(zip(self.parameters, delta)))
         alignment = None if self.delta is None else cosine(delta, self.delta)
-        self.delta = delta                                    # now, not at the end: frees the old one for the search
         if self.utility_gate and not utility:
             raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
         moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
 
-        def place(multiple):
+        def place(multiple):                                  # W_t + multiple * Δ
+            reshard(self.model)
             for p, now, direction, moved in zip(self.parameters.values(), current, delta, moves):
-                p.copy_(now + float(multiple) * direction if multiple and moved else now)   # W_t + multiple * Δ
+                jump = multiple and moved
+                p.copy_(now.to(p.device) + float(multiple) * direction.to(p.device) if jump else now)
 
-        device, scores, kept, stopped = current[0].device, [], 0, "all candidates accepted"
+        device = next(iter(self.parameters.values())).device
+        scores, kept, stopped = [], 0, "all candidates accepted"
         search = [0, *self.multiples]
         if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
             stopped, search = "alignment below the gate", []
@@ -244,7 +316,7 @@ class EffOPD:
         }
         for kept_weights, p in zip(current, self.parameters.values()):
             kept_weights.copy_(p)
-        self.previous = current                               # W_prev: after the jump
+        self.previous, self.delta = current, delta            # W_prev: after the jump
         self.history.append(record)
         return record
 
@@ -260,10 +332,22 @@ class EffOPD:
             raise ValueError("this EffOPD state was saved for other parameters: check the model and the scope")
 
         def mine(tensors):
-            return [tensors[name].to(p.device, p.dtype, copy=True) for name, p in self.parameters.items()]
+            return [tensors[name].to("cpu" if self.offload else p.device, p.dtype, copy=True)
+                    for name, p in self.parameters.items()]
 
         self.previous, self.history = mine(state["previous"]), list(state["history"])
         self.delta = None if state["delta"] is None else mine(state["delta"])
+
+
+def is_sharded(tensor) -> bool:
+    return hasattr(tensor, "full_tensor")                     # a DTensor: each rank has its own part of it
+
+
+def reshard(model):
+    """FSDP2 leaves the root's parameters gathered after a forward pass: a second one would not see what moved since."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def mean_over_ranks(value, device) -> float:
@@ -298,6 +382,93 @@ def undisturbed(model, seed: int):
                 buffer.copy_(saved)
 
 
+class EffOPDCallback(TrainerCallback):
+    """EffOPD in a transformers.Trainer, TRL's DistillationTrainer for one, on one process or many (DDP, FSDP2).
+
+        trainer = DistillationTrainer(..., callbacks=[EffOPDCallback(validate)])
+
+    validate and the settings are EffOPD's; optimizer=True stands for the trainer's own. A search follows optimiser
+    steps 1, 2, 4, ..., before the gradients are cleared. Its outcome goes into the trainer's log_history
+    (effopd_accepted, effopd_multiple, effopd_score), its whole record into `callback.effopd.history`.
+
+    validate gets the model without its DDP wrapper. Many processes: each may score problems of its own, the mean
+    decides; under FSDP2 all must run as many forward passes (model.generate(..., synced_gpus=True)).
+    vLLM: it is sent new weights only between steps, so it would score every candidate with old ones. Validate without
+    it (the model's own generate, or a loss), or send it the weights in validate. Rollouts after a jump are right.
+    LoRA: A and B move, each along its own Δ; their product moves by the square of the stretch too.
+    Checkpoints get effopd-*.safetensors (W_prev, Δ and the records; under FSDP2 a file for each rank's shards). They
+    are looked for in args.resume_from_checkpoint, else in args.output_dir/checkpoint-<step>.
+    ValueError: DeepSpeed, whose master weights would overwrite a jump; a checkpoint of another run, model or scope.
+    """
+
+    def __init__(self, validate, **settings):
+        self.validate, self.settings, self.effopd = validate, settings, None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.deepspeed_plugin is not None:
+            raise ValueError("EffOPD does not work with DeepSpeed, which keeps weights of its own: use DDP or FSDP2")
+        if getattr(args, "use_vllm", False) and state.is_world_process_zero:
+            log.warning("EffOPD: validate must not ask vLLM, which has no candidate's weights, unless it sends them")
+        settings = {**self.settings, "optimizer": optimizer if self.settings.get("optimizer") else None}
+        self.effopd = EffOPD(model, self.validate, **settings)          # remembers W_0
+        if state.global_step > 0:
+            self.resume(args, state)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        record = self.effopd.step(state.global_step + 1)                # which is counted up after this event
+        if record:
+            score = record["scores"][record["accepted"]] if record["scores"] else None
+            state.log_history.append({"step": record["step"], "effopd_accepted": record["accepted"],
+                                      "effopd_multiple": record["multiple"], "effopd_score": score})
+
+    def on_save(self, args, state, control, **kwargs):
+        sharded = any(map(is_sharded, self.effopd.previous))
+        if args.save_only_model or not (sharded or args.should_save):
+            return
+        from safetensors.torch import save_file
+        effopd = self.effopd.state_dict()
+        tensors = {f"{kind}.{name}": (w.to_local() if is_sharded(w) else w).contiguous()
+                   for kind in ("previous", "delta") for name, w in (effopd[kind] or {}).items()}
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, self.file(folder, args), {"history": json.dumps(effopd["history"])})
+
+    def file(self, folder, args):
+        sharded = any(map(is_sharded, self.effopd.previous))
+        rank, ranks = (args.process_index, args.world_size) if sharded else (0, 1)
+        return Path(folder) / f"effopd-{rank:05d}-of-{ranks:05d}.safetensors"
+
+    def resume(self, args, state):
+        from safetensors import safe_open
+        folder = args.resume_from_checkpoint
+        if not (folder and Path(folder).is_dir()):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        file, parameters = self.file(folder, args), self.effopd.parameters
+        if mean_over_ranks(file.exists(), args.device) < 1:
+            log.warning(f"EffOPD: no {file}, so W_prev is the weights resumed from. If the checkpoint is elsewhere, set "
+                        "args.resume_from_checkpoint to its folder")
+            return
+        saved = {"previous": {}, "delta": {}}
+        with safe_open(file, "pt") as f:
+            saved["history"] = json.loads(f.metadata()["history"])
+            for key in f.keys():
+                kind, name = key.split(".", 1)
+                saved[kind][name] = shard_like(f.get_tensor(key), parameters.get(name))
+        logged = [(entry["step"], entry["effopd_multiple"]) for entry in state.log_history if "effopd_multiple" in entry]
+        if logged != [(record["step"], record["multiple"]) for record in saved["history"]]:
+            raise ValueError(f"{file} is of another run: set args.resume_from_checkpoint to the checkpoint's folder")
+        self.effopd.load_state_dict({**saved, "delta": saved["delta"] or None})
+
+
+def shard_like(local, p):
+    """A rank's part `local` as the sharded tensor that p is; itself where p is whole."""
+    if p is None or not is_sharded(p):
+        return local
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(local.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                              stride=p.stride())
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # What one can see of an update: where it is useful, how concentrated it is, where it points. PAPER: sections 3 and 4.
 
@@ -318,9 +489,9 @@ def cosine(a: list, b: list) -> float:
 
 
 def dot(a, b) -> float:
-    """<a, b> in float32; element by element and then a sum, so sharded tensors (DTensor) need not be gathered."""
-    total = (a.float() * b.float()).sum()
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    """<a, b> in float32, where a is; element by element and then a sum, so sharded tensors need not be gathered."""
+    total = (a.float() * b.to(a.device).float()).sum()
+    return float(total.full_tensor() if is_sharded(total) else total)
 
 
 def spectral_metrics(delta) -> dict:

@@ -252,6 +252,8 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.tie_weights()
+        self.precision = None                       # torch.bfloat16: computes in it, from weights kept as they are
+        self.tokens_in_use = config.vocab_size      # fewer where the last rows of embedding and head are padding
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -261,20 +263,38 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.precision or self.lm_head.weight.dtype
+
     def forward(self, input_ids, attention_mask=None):
         """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding, left or right.
 
         Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
         """
-        return self.lm_head(self.hidden_states(input_ids, attention_mask))
+        return F.linear(self.hidden_states(input_ids, attention_mask), self.head)
 
     def hidden_states(self, input_ids, attention_mask=None):
-        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: chunked_reverse_kl)."""
+        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: `chunked`)."""
         positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         if attention_mask is not None:
             positions, mask = padded_positions(attention_mask)
-        cos, sin = self.model.rotations(positions, self.lm_head.weight.dtype)
-        return self.model(input_ids, cos, sin, mask, checkpointing=self.gradient_checkpointing)
+        with self.autocast():
+            cos, sin = self.model.rotations(positions, self.dtype)
+            hidden = self.model(input_ids, cos, sin, mask, checkpointing=self.gradient_checkpointing)
+        return hidden.to(self.dtype)
+
+    @property
+    def head(self):
+        """The output matrix (V in use, C), in the dtype that `hidden_states` has."""
+        used = self.lm_head.weight
+        if self.tokens_in_use < len(used):
+            used = used[:self.tokens_in_use]
+        return used.to(self.dtype)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
@@ -307,7 +327,8 @@ class GPT(nn.Module):
         padding = torch.tensor([[P - n] for n in lengths], device=device)                  # (B, 1)
         columns, padded = torch.arange(width, device=device), compile or min(lengths) < P
         positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
-        cos, sin = self.model.rotations(columns, self.lm_head.weight.dtype)                # (width, D)
+        head = self.head                                                                   # (V, C)
+        cos, sin = self.model.rotations(columns, head.dtype)                               # (width, D)
         shape = (B, c.num_key_value_heads, width, c.head_dim)
         if compile:
             decode, caches = self.compiled(compile, shape)
@@ -318,28 +339,29 @@ class GPT(nn.Module):
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
         rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
-        for n in range(P, N):                                 # n columns are known, b of the B rows still in the batch
-            rotation = cos[positions], sin[positions]                                      # (b, T, D) each
-            if compile and n > P:
-                hidden = decode(ids, *rotation, mask, caches, columns[n - 1:n])[:, -1]     # (b, C)
-            else:
-                known = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
-                hidden = self.model(ids, *rotation, mask if padded else None, known, slice(n - ids.shape[1], n))[:, -1]
-            log_p = scaled_log_softmax(self.lm_head(hidden), temperature)                  # (b, V)
-            token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
-            tokens[rows, n - P] = token
-            log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
-            if eos_token_id is not None:
-                alive &= ~torch.isin(token, eos)
-                left = int(alive.sum())
-                if left == 0:
-                    break
-                if left <= len(rows) // 2 and not compile:    # rows that have ended leave the batch
-                    caches = [(k[alive], v[alive]) for k, v in caches]
-                    rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
-            ids, positions = token[:, None], n - padding                                   # (b, 1)
-            seen = columns if compile else columns[:n + 1]
-            mask = ((seen >= padding) & (seen <= n))[:, None, None]                        # (b, 1, 1, n + 1 or width)
+        with self.autocast():                                 # one for all steps: it keeps the cast weights
+            for n in range(P, N):                             # n columns are known, b of the B rows still in the batch
+                rotation = cos[positions], sin[positions]                                  # (b, T, D) each
+                if compile and n > P:
+                    hidden = decode(ids, *rotation, mask, caches, columns[n - 1:n])        # (b, 1, C)
+                else:
+                    known = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
+                    hidden = self.model(ids, *rotation, mask if padded else None, known, slice(n - ids.shape[1], n))
+                log_p = scaled_log_softmax(F.linear(hidden[:, -1].to(head.dtype), head), temperature)           # (b, V)
+                token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
+                tokens[rows, n - P] = token
+                log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
+                if eos_token_id is not None:
+                    alive &= ~torch.isin(token, eos)
+                    left = int(alive.sum())
+                    if left == 0:
+                        break
+                    if left <= len(rows) // 2 and not compile:      # the ended rows leave the batch
+                        caches = [(k[alive], v[alive]) for k, v in caches]
+                        rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
+                ids, positions = token[:, None], n - padding                               # (b, 1)
+                seen = columns if compile else columns[:n + 1]
+                mask = ((seen >= padding) & (seen <= n))[:, None, None]                    # (b, 1, 1, n + 1 or width)
         R = n - P + 1 if max_new_tokens else 0
         tokens, log_probs = tokens[:, :R], log_probs[:, :R]
         ends = torch.isin(tokens, eos).long()
@@ -348,7 +370,7 @@ class GPT(nn.Module):
 
     def compiled(self, backend, shape):
         """One decoding step for torch.compile, and caches that stay where they are, as CUDA graphs need it."""
-        options, like = dict(mode="reduce-overhead") if backend is True else dict(backend=backend), self.lm_head.weight
+        options, like = dict(mode="reduce-overhead") if backend is True else dict(backend=backend), self.head
         old = self.static_caches and self.static_caches[0][0]
         if old is None or (old.shape, old.dtype, old.device) != (shape, like.dtype, like.device):
             self.static_caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.model.layers]

@@ -6,14 +6,16 @@
     python train.py --method opd --lr 1e-3             # OPD at its best learning rate
     python train.py --method rl --lr 3e-4              # reinforcement learning (GRPO) on right or wrong; also sft
     python train.py --gap skill                        # a student that lacks the skill: where foresight fails
+    python train.py --method effopd --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-1.7B --data gsm8k.jsonl
     python train.py --help                             # every setting
 
-The task is built in: chains of arithmetic modulo 10, worked out step by step.
+The default task is built in: chains of arithmetic modulo 10, worked out step by step.
 
     prompt 7+5-3*4=      response 7+5=2;2-3=9;9*4=6;#6 <end>
 
 The base student knows the method but slips on one step in five; the teacher is the same model, trained further
 without slips. OPD teaches the student, on its own answers, not to slip. Graded on what follows the #.
+With --data the problems come from a file, and student and teacher are Hugging Face checkpoints.
 
 Departures from arXiv:2605.11739, beside those of effopd.py:
   - a 0.3 M parameter student on arithmetic instead of 1.5-14 B on mathematics; all settings scaled to it.
@@ -27,9 +29,13 @@ import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -39,14 +45,16 @@ from typing import Literal, NamedTuple
 # slower when anything else runs on the cores. Giving up early costs about a tenth on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from effopd import EffOPD, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from effopd import EffOPD, chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
 from model import GPT, GPTConfig
 
 
@@ -70,6 +78,10 @@ class Run:
     seed: int = setting(0, "of training problems, rollouts and D_v; base, teacher and evaluation do not depend on it")
     out_dir: str = setting("", "the run's directory, must be new; empty: the first free one of runs/METHOD, "
                            "runs/METHOD-2, ...")
+    resume: str = setting("", "the directory of a run that stopped: goes on from there, with the settings that it has")
+    save_every: int = setting(50, "steps between states to resume from; also saved at 1, 2, 4, 8, ... and at the end")
+    keep_last: int = setting(0, "keep only so many checkpoints beside the first and the final one (0: all)")
+    skip_nonfinite: bool = setting(False, "go on after a step whose loss or gradient is not finite, without taking it")
     cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
 
 
@@ -91,9 +103,32 @@ class Models:
     base_batch_size: int = setting(64, "worked examples a step of the base's and the teacher's training")
     teacher_steps: int = setting(150, "further supervised steps, without slips, that make the teacher of the base")
     teacher_lr: float = setting(1e-3, "gap slip: peak learning rate of the teacher's training")
-    student: str = setting("", "directory of another student, a Hugging Face checkpoint with this task's vocabulary; "
-                           "empty: the built-in base")
-    teacher: str = setting("", "directory of another teacher; empty: the built-in one")
+
+
+@dataclass
+class Real:
+    _argument_group_name = "models and data of your own"
+    student: str = setting("", "a Hugging Face checkpoint (Llama, Qwen2, Qwen3): a directory, or with --data a "
+                           "repository id too; empty: the built-in base")
+    teacher: str = setting("", "likewise; empty: the built-in one (--method sft with --data: none, the student is "
+                           "trained on the file's own answers)")
+    data: str = setting("", "problems, a JSON object a line; empty: the built-in task")
+    prompt_field: str = setting("question", "field of the problem's text (MATH: problem)")
+    answer_field: str = setting("answer", "field of the answer: a number, LaTeX, or a solution ending in #### 72 or "
+                                "with a \\boxed{72}")
+    system: str = setting("", "system message of the chat; empty: none")
+    no_chat_template: bool = setting(False, "the problem's text is the prompt, without the tokenizer's chat template")
+    thinking: bool = setting(False, "let templates that know of thinking (Qwen3) open with it")
+    max_new_tokens: int = setting(384, "tokens of an answer at most")
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
+        "auto", "mixed: bfloat16 arithmetic, the student's weights and optimiser in float32; bfloat16: the student's "
+        "weights too, so small updates round away; the teacher is bfloat16 in both. auto: mixed for --data on a "
+        "GPU, else float32")
+    micro_batch_size: int = setting(0, "rows of a training step's forward and backward pass at once; same gradient "
+                                    "(0: all)")
+    rollout_batch_size: int = setting(500, "answers sampled at once")
+    gradient_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
+    offload: bool = setting(False, "keep EffOPD's copies of the weights on the CPU")
 
 
 @dataclass
@@ -121,7 +156,7 @@ class Search:
     candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
     num_candidates: int = setting(5, "candidates at most")
     dv_size: int = setting(50, "problems in D_v")
-    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt), not lower (ge), than the last kept")
+    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt) or not lower (ge) than the last")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
@@ -131,14 +166,14 @@ class Search:
 
 
 @dataclass
-class Config(Search, Distillation, Models, Run):
+class Config(Search, Distillation, Real, Models, Run):
     """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
 
     def __post_init__(self):
         for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                      "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr",
                      "batch_size", "group_size", "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates",
-                     "dv_size", "first_trigger"):
+                     "dv_size", "first_trigger", "max_new_tokens", "rollout_batch_size", "save_every"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
         if self.digits not in (1, 2):
@@ -150,19 +185,26 @@ class Config(Search, Distillation, Models, Run):
                              f"got {self.group_size}")
         if not -1 <= self.alignment_gate <= 1:
             raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {self.alignment_gate}")
-        if self.search_every < 0:
-            raise ValueError(f"--search_every must be 0 (off) or more, got {self.search_every}")
+        for name in ("search_every", "micro_batch_size", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be 0 (off) or more, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
                              f"{2 * self.num_attention_heads}, got {self.hidden_size}")
         space = 10 ** self.digits * (2 * 10 ** self.digits + 10) ** self.num_ops
-        if self.eval_size > space // 10:
+        if not self.data and self.eval_size > space // 10:
             raise ValueError(f"--eval_size {self.eval_size}: there are {space:,} chains of {self.num_ops} operations, "
                              f"and at most a tenth of them may be held out")
         for name in ("student", "teacher"):
-            if getattr(self, name) and not Path(getattr(self, name)).is_dir():
+            if not self.data and getattr(self, name) and not Path(getattr(self, name)).is_dir():
                 raise ValueError(f"--{name}: there is no directory {getattr(self, name)}")
+            if self.data and not getattr(self, name) and (name, self.method) != ("teacher", "sft"):
+                raise ValueError(f"--data needs --{name}, a Hugging Face checkpoint")
+        if self.data and not Path(self.data).is_file():
+            raise ValueError(f"--data: there is no file {self.data}")
         device = str(pick_device(self.device))
+        if self.dtype == "auto":
+            self.dtype = "mixed" if self.data and device != "cpu" else "float32"
         if self.preset == "gpu" and self.device == "auto" and device == "cpu":
             raise ValueError("--preset gpu: this torch sees no CUDA GPU; --device cpu trains it on the CPU, for days")
         self.device = device
@@ -177,6 +219,10 @@ GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
     base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
 PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
+
+REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
+    steps=64, lr=1e-6, batch_size=64, micro_batch_size=8, rollout_batch_size=64, eval_every=8, eval_size=200,
+    offload=True)
 
 RACE = {  # name: (directory, how it differs from the others)
     "OPD": ("opd", dict(method="opd")),
@@ -201,23 +247,50 @@ def pick_device(name: str) -> torch.device:
 
 
 def parse_config(args=None) -> Config:
-    groups = [Run, Models, Distillation, Search]
+    groups = [Run, Models, Real, Distillation, Search]
     first = HfArgumentParser(groups, add_help=False, allow_abbrev=False)
     parser = HfArgumentParser(groups, description=__doc__.split("\n\n")[0], allow_abbrev=False,
                               usage="python train.py [--SETTING VALUE ...]")
     first.error = parser.error = stop
     chosen = first.parse_known_args(args)[0]
-    parser.set_defaults(**PRESETS[chosen.preset, chosen.gap])
+    if chosen.resume:
+        return resumed(chosen.resume, sys.argv[1:] if args is None else args)
+    parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
     config = vars(parser.parse_args(args))
     method, owners = config["method"], {f.name: ("effopd",) for f in fields(Search)} | {
-        "group_size": ("rl",), "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
-    for f in (*fields(Search), *fields(Distillation)):
-        if method not in owners.get(f.name, (method,)) and config[f.name] != f.default:
-            stop(f"--{f.name} is a setting of --method {owners[f.name][-1]}; --method {method} has no use for it")
+        "group_size": ("rl",), "offload": ("race", "effopd"),
+        "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
+    elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
+        ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
+        "--data; the built-in task")
+    for name, value in config.items():
+        if value == parser.get_default(name):
+            continue
+        if method not in owners.get(name, (method,)) and not (name == "dv_size" and config["data"]):       # a split
+            stop(f"--{name} is a setting of --method {owners[name][-1]}; --method {method} has no use for it")
+        if name in elsewhere:
+            stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
     try:
         return Config(**config)
     except ValueError as error:
         stop(error)
+
+
+def resumed(directory: str, args) -> Config:
+    """The settings of the run in this directory."""
+    others = sorted({a.split("=")[0] for a in args if a.startswith("--")} - {"--resume"})
+    if others:
+        stop(f"--resume takes every setting from the run; leave out {', '.join(others)}")
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        stop(f"--resume: there is no {path}, so nothing can go on there")
+    try:
+        saved = json.loads(path.read_text())
+        return Config(**{name: value for name, value in saved.items() if name != "versions"} |
+                      dict(out_dir=directory, resume=directory))
+    except (ValueError, TypeError, AttributeError) as error:
+        stop(f"{path} is damaged or of another version ({first_line(error)}); a new run can start from its weights "
+             f"with --student {last_checkpoint(path.parent)}")
 
 
 def stop(message):
@@ -232,13 +305,14 @@ def stop(message):
 class Chains:
     """Chains of arithmetic modulo 10 or 100, worked out from left to right."""
 
-    def __init__(self, num_ops: int, digits: int):
+    def __init__(self, num_ops: int, digits: int, rollout_batch_size: int = 500):
         self.num_ops, self.modulus = num_ops, 10 ** digits
         ranks = {c.encode(): i for i, c in enumerate("0123456789+-*=;#")}
         self.encoding = tiktoken.Encoding("chains", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                           special_tokens={"<end>": len(ranks)})
         self.end = len(ranks)
         self.vocab_size = self.encoding.n_vocab
+        self.rollout_batch_size = rollout_batch_size
         self.max_prompt = (num_ops + 1) * (digits + 1)
         self.max_response = num_ops * (3 * digits + 3) + digits + 2           # a=b... steps, #answer, <end>
 
@@ -257,6 +331,11 @@ class Chains:
             if problem not in exclude:
                 found.append(problem)
         return found
+
+    def batches(self, n: int, rng: random.Random, exclude):
+        """Training problems without end, n at a time."""
+        while True:
+            yield self.problems(n, rng, exclude)
 
     def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
         """The worked answer. Each result is wrong with probability slip, and the chain goes on from it."""
@@ -277,8 +356,114 @@ class Chains:
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
+    def encode_answer(self, text: str) -> list[int]:
+        return self.encode(text) + [self.end]
+
     def decode(self, tokens: list[int]) -> str:
         return self.encoding.decode([t for t in tokens if t != self.end])
+
+
+class WordProblems:
+    """Problems from a file, asked through a Hugging Face tokenizer; answers are graded by math-verify.
+
+    The file has a JSON object on each line. ValueError names the line that cannot be used.
+    """
+
+    def __init__(self, config: Config, tokenizer, end: list[int], context: int):
+        self.config, self.tokenizer, self.end = config, tokenizer, end
+        self.max_response, self.rollout_batch_size = config.max_new_tokens, config.rollout_batch_size
+        self.solutions, self.gold, self.prompts = {}, {}, {}   # by problem: text, parsed answer, token ids
+        if not (config.no_chat_template or tokenizer.chat_template):
+            raise ValueError("the student's tokenizer has no chat template; --no_chat_template asks without one")
+        if config.system and config.no_chat_template:
+            raise ValueError("--system is part of the chat template that --no_chat_template turns off")
+        for where, problem, solution in read_jsonl(config.data, config.prompt_field, config.answer_field):
+            self.gold[problem] = parse_answer(solution, gold=True)
+            if not self.gold[problem]:
+                raise ValueError(f"{where}: no answer can be read from {solution[-60:]!r}")
+            self.solutions[problem], self.prompts[problem] = solution, self.prompt_of(problem)
+            if len(self.prompts[problem]) + self.max_response > context:
+                raise ValueError(f"{where}: a prompt of {len(self.prompts[problem])} tokens and --max_new_tokens "
+                                 f"{self.max_response} exceed the context of {context}")
+        needed = config.eval_size + config.dv_size + config.batch_size
+        if len(self.gold) < needed:
+            raise ValueError(f"{config.data} has {len(self.gold)} different problems, and --eval_size, --dv_size and a "
+                             f"batch need {needed}")
+
+    def prompt_of(self, problem: str) -> list[int]:
+        if self.config.no_chat_template:
+            return self.tokenizer(problem).input_ids
+        chat = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        return self.tokenizer.apply_chat_template(
+            chat + [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True, return_dict=False,
+            enable_thinking=self.config.thinking)             # templates that do not know the word ignore it
+
+    def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
+        """n different problems, none of them in exclude."""
+        return rng.sample([p for p in self.gold if p not in exclude], n)
+
+    def batches(self, n: int, rng: random.Random, exclude):
+        """Training problems, n at a time: each once before any comes again."""
+        deck = []
+        while True:
+            while len(deck) < n:
+                deck += self.problems(len(self.gold) - len(exclude), rng, exclude)
+            yield deck[:n]
+            del deck[:n]
+
+    def solve(self, problem: str) -> str:
+        """The file's own answer."""
+        return self.solutions[problem]
+
+    def is_correct(self, problem: str, answer: str) -> bool:
+        from math_verify import verify
+        return verify(self.gold[problem], parse_answer(answer))
+
+    def encode(self, problem: str) -> list[int]:
+        return self.prompts[problem]
+
+    def encode_answer(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids + self.end[:1]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def read_jsonl(path: str, prompt_field: str, answer_field: str):
+    """Yields ("FILE, line N", problem, answer), texts both. ValueError with the line's number for a bad line."""
+    empty = True
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, start=1):
+            where = f"{path}, line {n}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:     # UnicodeDecodeError is a ValueError
+                raise ValueError(f"{where} is not JSON: {' '.join(str(error).split())[:100]}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is not a JSON object, {{\"{prompt_field}\": ..., \"{answer_field}\": ...}}")
+            for option, name, kinds in (("--prompt_field", prompt_field, (str,)),
+                                        ("--answer_field", answer_field, (str, int, float))):
+                if name not in row:
+                    raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
+                                     f"choose with {option}")
+                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not str(row[name]).strip():
+                    raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
+            empty = False
+            yield where, row[prompt_field], str(row[answer_field])
+    if empty:
+        raise ValueError(f"{path} is empty")
+
+
+def parse_answer(text: str, gold=False) -> list:
+    """What math-verify reads as the answer: after GSM8K's ####, in a \\boxed{}, or the last expression of the text."""
+    from math_verify import parse
+    if "####" in text:
+        text = text.rpartition("####")[2].strip()
+    if gold and "boxed" not in text:
+        text = f"\\boxed{{{text.strip().strip('$')}}}"
+    return parse(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -310,7 +495,7 @@ def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, 
             group["lr"] = lr * min(step / 30, 1 - 0.95 * step / steps)
         problems = task.problems(config.base_batch_size, rng, exclude)
         batch = pack([task.encode(p) for p in problems],
-                     [task.encode(task.solve(p, slip, rng)) + [task.end] for p in problems], model.device)
+                     [task.encode_answer(task.solve(p, slip, rng)) for p in problems], model.device)
         logits = model(batch.ids[:, :-1])                                                  # (B, T-1, V)
         loss = F.cross_entropy(logits[batch.mask], batch.ids[:, 1:][batch.mask])
         loss.backward()
@@ -336,8 +521,20 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
     model.save_pretrained(directory / "teacher")
 
 
+def load(config: Config):
+    """The task, the student to start from and its teacher."""
+    if config.data:
+        task, student, teacher = load_real(config)
+    else:
+        task = Chains(config.num_ops, config.digits, config.rollout_batch_size)
+        student, teacher = load_models(config, task)
+    student.gradient_checkpointing = config.gradient_checkpointing
+    student.precision = torch.bfloat16 if config.dtype == "mixed" else None
+    return task, student, teacher
+
+
 def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
-    """The student to start from and its teacher: from the cache, made first if they are not there yet."""
+    """From the cache, made first if they are not there yet."""
     recipe = {name: getattr(config, name) for name in (
         "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads", "eval_size",
         "intermediate_size", "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr")}
@@ -358,7 +555,11 @@ def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
     models = []
     for option, built_in in (("student", "base"), ("teacher", "teacher")):
         directory = getattr(config, option) or home / built_in
-        model = GPT.from_pretrained(directory).to(config.device)
+        try:
+            model = GPT.from_pretrained(directory, dtype_of(config, option)).to(config.device)
+        except (ValueError, OSError) as error:
+            raise error if directory != home / built_in else ValueError(
+                f"{home} is damaged ({first_line(error)}): remove it and it will be made again") from None
         if model.config.vocab_size != task.vocab_size:
             raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
         if model.config.max_position_embeddings < task.max_prompt + task.max_response:
@@ -368,13 +569,102 @@ def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
     return models[0], models[1].requires_grad_(False)
 
 
+def dtype_of(config, role: str) -> torch.dtype:
+    """Of the weights of student or teacher."""
+    low = config.dtype == "bfloat16" or config.dtype == "mixed" and role == "teacher"
+    return torch.bfloat16 if low else torch.float32
+
+
+def load_real(config: Config):
+    """Hugging Face checkpoints and a file of problems. ValueError where the two models do not go together."""
+    student = GPT.from_pretrained(config.student, dtype_of(config, "student")).to(config.device)
+    tokenizer, end = tokenizer_of(student)
+    teacher, both_end = None, end
+    if config.teacher:
+        teacher = GPT.from_pretrained(config.teacher, dtype_of(config, "teacher")).to(config.device)
+        teacher.requires_grad_(False)
+        teacher_tokenizer, teacher_end = tokenizer_of(teacher)
+        both_end = end + [token for token in teacher_end if token not in end]
+        same_vocabulary(tokenizer, teacher_tokenizer)
+        # Heads have padding rows that no token uses, and more of them in one model than in the other.
+        student.tokens_in_use = teacher.tokens_in_use = min(len(student.lm_head.weight), len(teacher.lm_head.weight))
+    context = min(model.config.max_position_embeddings for model in (student, teacher or student))
+    task = WordProblems(config, tokenizer, both_end, context)
+    lengths = sorted(map(len, task.prompts.values()))
+    print(f"Data        {len(lengths):,} problems: {config.eval_size} for evaluation, {config.dv_size} for D_v, the "
+          f"rest to train on; prompts of {lengths[0]} to {lengths[-1]} tokens")
+    print(f"Prompt      {tokenizer.decode(min(task.prompts.values(), key=len))!r}")
+    print(f"Vocabulary  {len(tokenizer):,} tokens" + (", the same in both" if teacher else "") +
+          f"; an answer ends at {', '.join(repr(tokenizer.decode([token])) for token in both_end)}")
+    if teacher is not None:
+        if teacher_end != end:
+            print(f"            the student's own end: {end}, the teacher's: {teacher_end}; either ends an answer")
+        if not config.no_chat_template and teacher_tokenizer.chat_template != tokenizer.chat_template:
+            print("            the teacher's own chat template is another; both are given the student's")
+        canary(config, task, teacher)
+    return task, student, teacher
+
+
+def tokenizer_of(model):
+    """The tokenizer that lies beside a checkpoint, and the tokens that end an answer."""
+    from transformers import AutoTokenizer, GenerationConfig
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.source)
+    except Exception as error:                                # a broken file can raise anything
+        raise ValueError(f"{model.source} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
+    if len(tokenizer) > len(model.lm_head.weight):
+        raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                         f"{len(model.lm_head.weight)}")
+    ends = [model.config.eos_token_id, tokenizer.eos_token_id]
+    if (model.source / "generation_config.json").is_file():
+        ends.insert(0, GenerationConfig.from_pretrained(model.source).eos_token_id)
+    flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
+    if not flat:
+        raise ValueError(f"{model.source} names no end token, so an answer would never end")
+    return tokenizer, list(dict.fromkeys(flat))
+
+
+def same_vocabulary(student, teacher):
+    """ValueError unless every token has the same id in both: equal sizes prove nothing, and padding rows no harm."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    different = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"student and teacher have different vocabularies ({len(different):,} tokens differ; {token!r} is "
+            f"{ours.get(token, 'absent')} and {theirs.get(token, 'absent')}): on-policy distillation compares them "
+            "token by token, so take two models of one family")
+
+
+@torch.no_grad()
+def canary(config, task, teacher):
+    """ValueError for a teacher that finds its own most probable answers improbable: not loaded as it was made."""
+    problems = task.problems(4, random.Random("canary"))
+    prompts = [task.encode(p) for p in problems]
+    rollout = teacher.generate(prompts, min(32, task.max_response), temperature=0, eos_token_id=task.end)
+    batch = pack(prompts, trim(rollout), teacher.device)
+    log_p = teacher(batch.ids[:, :-1]).float().log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    mean, uniform = log_p[batch.mask].mean().item(), -math.log(teacher.tokens_in_use)
+    print(f"Teacher     mean log-probability of its own greedy answers {mean:.2f} a token (of guessing: {uniform:.2f})")
+    if not mean > uniform / 2:
+        raise ValueError(f"--teacher {config.teacher}: its own greedy answers have a mean log-probability of "
+                         f"{mean:.2f} a token, and guessing has {uniform:.2f}: it is untrained, or was loaded wrongly")
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Rollouts, evaluation, and the scores that a search can go by.
 
 def answer(model, task, problems, generator=None) -> list[list[int]]:
     """One sampled answer (T = 1) to each problem: token ids, the end token included."""
-    rollout = model.generate([task.encode(p) for p in problems], task.max_response, generator=generator,
-                             eos_token_id=task.end)
+    answers = []
+    for i in range(0, len(problems), task.rollout_batch_size):
+        prompts = [task.encode(p) for p in problems[i:i + task.rollout_batch_size]]
+        answers += trim(model.generate(prompts, task.max_response, generator=generator, eos_token_id=task.end))
+    return answers
+
+
+def trim(rollout) -> list[list[int]]:
+    """The real tokens of each row."""
     return [tokens[:n] for tokens, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist())]
 
 
@@ -390,8 +680,8 @@ def evaluation_problems(config, task) -> list[str]:
 def evaluate(model, task, problems) -> tuple[float, list[list[int]]]:
     """Accuracy of one sampled answer to each problem, always under the same random numbers; and the answers."""
     generator, answers = torch.Generator(model.device), []
-    for i in range(0, len(problems), 500):
-        answers += answer(model, task, problems[i:i + 500], generator.manual_seed(i))
+    for i in range(0, len(problems), task.rollout_batch_size):
+        answers += answer(model, task, problems[i:i + task.rollout_batch_size], generator.manual_seed(i))
     return accuracy(task, problems, answers), answers
 
 
@@ -403,135 +693,373 @@ class Score:
 
     def __init__(self, config, task, teacher, problems):
         self.kind, self.task, self.teacher, self.problems = config.score, task, teacher, problems
-        self.last_batch = None     # (Batch, teacher logits) of the training step just taken, for batch_kl
+        self.rows = config.micro_batch_size
+        self.last_batch = None     # (Batch, teacher's hidden states) of the training step just taken, for batch_kl
         self.tokens = 0
 
     def __call__(self, model) -> float:
-        if self.kind == "batch_kl":                           # answers and teacher logits are at hand: one forward pass
-            batch, teacher_logits = self.last_batch
+        if self.kind == "batch_kl":                           # answers and teacher's states are there: one forward pass
+            batch, targets = self.last_batch
         else:                                                 # fresh answers, seeded alike for all candidates
             answers = answer(model, self.task, self.problems)
             if self.kind == "accuracy":
                 self.tokens += sum(map(len, answers))
                 return accuracy(self.task, self.problems, answers)
             batch = pack([self.task.encode(p) for p in self.problems], answers, model.device)
-            teacher_logits = self.teacher(batch.ids[:, :-1])
-        self.tokens += int(batch.mask.sum())
-        return -reverse_kl(model(batch.ids[:, :-1]), teacher_logits, batch.mask).item()
+            targets = [states(self.teacher, part) for part in split(batch, self.rows)]
+        num_tokens = int(batch.mask.sum())
+        self.tokens += num_tokens
+        return -sum(kl_of(model, self.teacher, states(model, part), target, num_tokens).item()
+                    for part, target in zip(split(batch, self.rows), targets))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The training loop.
 
-def loss_of(config, student_logits, teacher_logits, batch, rewards):
-    """What --method and --loss minimise. rewards (B,): 1.0 for a right answer, else 0.0."""
-    if config.method == "rl":
-        advantages = group_advantages(rewards, config.group_size)                          # (B,)
-        return policy_gradient(student_logits, batch.ids[:, 1:], advantages, batch.mask)
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """Micro-batches of so many rows (0: all in one), each as wide as its own longest row."""
+    parts = zip(batch.ids.split(rows or len(batch.ids)), batch.mask.split(rows or len(batch.ids)))
+    widths = [(ids, mask, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1) for ids, mask in parts]
+    return [Batch(ids[:, :width + 1], mask[:, :width]) for ids, mask, width in widths]
+
+
+def states(model, batch: Batch):
+    """Hidden states (N, C) that predict the N answer tokens, row after row."""
+    return model.hidden_states(batch.ids[:, :-1])[batch.mask]
+
+
+def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
+    """Σ of the reverse KL at N positions / num_tokens, from the hidden states of student (N, C) and teacher (N, C')."""
+    def kl(logits, target):                                   # (n, V), (n, C')
+        teacher_logits, mask = F.linear(target, teacher.head), torch.ones(len(target), device=target.device)
+        if top_k:
+            return reverse_kl_top_k(logits, teacher_logits, mask, top_k, num_tokens)
+        return reverse_kl(logits, teacher_logits, mask, num_tokens)
+    return chunked(kl, hidden, student.head, target)
+
+
+def log_prob_of(model, hidden, tokens):
+    """log π of the tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
+    with torch.no_grad():
+        return torch.cat([F.linear(h, model.head).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
+                          for h, y in zip(hidden.split(1024), tokens.split(1024))])
+
+
+def loss_of(config, student, teacher, batch, hidden, target, advantages, num_tokens):
+    """What --method and --loss minimise, for one micro-batch; sums over its tokens / num_tokens of the whole batch.
+
+    hidden (N, C) and target (N, C'): the states of student and teacher at the answer's tokens. advantages (B,): of RL.
+    """
+    tokens = batch.ids[:, 1:][batch.mask]                                                  # (N,)
     if config.method == "sft":                                # forward KL(π* || π) up to a constant, one sample
-        return F.cross_entropy(student_logits[batch.mask], batch.ids[:, 1:][batch.mask])
-    if config.loss == "full":
-        return reverse_kl(student_logits, teacher_logits, batch.mask)
-    if config.loss == "top_k":
-        return reverse_kl_top_k(student_logits, teacher_logits, batch.mask, config.top_k)
-    return reverse_kl_sampled(student_logits, teacher_logits, batch.ids[:, 1:], batch.mask,
-                              discount=1.0 if config.loss == "sequence" else 0.0)
+        return chunked(lambda z, y: F.cross_entropy(z.float(), y, reduction="sum") / num_tokens,
+                       hidden, student.head, tokens)
+    if config.method != "rl" and config.loss in ("full", "top_k"):
+        return kl_of(student, teacher, hidden, target, num_tokens, config.top_k if config.loss == "top_k" else 0)
+    if config.method == "rl":
+        weights = advantages[:, None].expand(batch.mask.shape)[batch.mask]                 # (N,)
+    else:                                                     # minus the coefficient of ∇ log π, see reverse_kl_sampled
+        ratio = log_prob_of(student, hidden, tokens) - log_prob_of(teacher, target, tokens)                # (N,)
+        weights = -ratio
+        if config.loss == "sequence":
+            whole = ratio.new_zeros(batch.mask.shape).masked_scatter(batch.mask, ratio)    # (B, T-1)
+            weights = -whole.flip(1).cumsum(1).flip(1)[batch.mask]                         # return-to-go
+    return chunked(lambda z, y, w: policy_gradient(z[:, None], y[:, None], w, torch.ones_like(w)[:, None], num_tokens),
+                   hidden, student.head, tokens, weights)
 
 
-def train_step(config, task, student, teacher, optimizer, problems, generator):
-    """One step on these problems. Returns the batch, the teacher's logits and what the log has of the step.
+def backward(config, task, student, teacher, problems, generator):
+    """Rollouts, teacher's scores, loss and gradients, clipped. Returns the batch, the teacher's states, the log's line.
 
-    The gradients are left where they are: zero them before the next step.
+    FloatingPointError for a loss or a gradient that is not finite.
     """
     if config.method == "rl":                                 # neighbours are a group
         problems = [p for p in problems for _ in range(config.group_size)]
-    answers = answer(teacher if config.method == "sft" else student, task, problems, generator)    # y ~ π (sft: π*)
+    if teacher is None:                                       # sft on a file's own answers
+        answers = [task.encode_answer(task.solve(p)) for p in problems]
+    else:
+        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)        # y ~ π
     batch = pack([task.encode(p) for p in problems], answers, student.device)
-    with torch.no_grad():
-        teacher_logits = teacher(batch.ids[:, :-1])           # (B, T-1, V); rl and sft: only for the kl in the log
-    student_logits = student(batch.ids[:, :-1])                                            # (B, T-1, V)
     rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])  # (B,)
-    loss = loss_of(config, student_logits, teacher_logits, batch, rewards.to(student.device))
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"the loss is {loss.item()}; try a lower --lr")
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-    optimizer.step()
-    kl = reverse_kl(student_logits.detach(), teacher_logits, batch.mask)
-    return batch, teacher_logits, dict(loss=loss.item(), kl=kl.item(), reward=rewards.mean().item(),
-                                       grad_norm=grad_norm.item(), lr=config.lr)
+    advantages = group_advantages(rewards, config.group_size) if config.method == "rl" else rewards
+    num_tokens, loss, kl, targets = int(batch.mask.sum()), 0.0, 0.0, []
+    parts = split(batch, config.micro_batch_size)
+    for part, part_advantages in zip(parts, advantages.to(student.device).split(len(parts[0].ids))):
+        with torch.no_grad():
+            targets.append(None if teacher is None else states(teacher, part))             # (N, C')
+        hidden = states(student, part)                                                     # (N, C)
+        piece = loss_of(config, student, teacher, part, hidden, targets[-1], part_advantages, num_tokens)
+        if not math.isfinite(piece.item()):
+            raise FloatingPointError(f"the loss is {piece.item()}")
+        piece.backward()
+        loss += piece.item()
+        if config.method in ("opd", "effopd") and config.loss == "full":
+            kl += piece.item()
+        elif teacher is not None:                             # for the log only
+            with torch.no_grad():
+                kl += kl_of(student, teacher, hidden, targets[-1], num_tokens).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        where = [name for name, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise FloatingPointError(f"the gradient's norm is {grad_norm}, the loss {loss:.3g}; not finite in "
+                                 f"{', '.join(where[:2]) or 'the sum of squares'}{' and others' * (len(where) > 2)}")
+    return batch, targets, dict(loss=loss, kl=None if teacher is None else kl, reward=rewards.mean().item(),
+                                grad_norm=grad_norm, lr=config.lr)
 
 
 def make_optimizer(config, student):
     return torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def distil(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path, label: str) -> dict:
-    """Train the student in place, keep the run in out_dir, return its summary."""
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+    """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
+
+    Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
+    """
     held_out = evaluation_problems(config, task)
-    exclude, rng = set(held_out), random.Random(f"training {config.seed}")
+    dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
+    batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
+                           random.Random(f"training {config.seed}"), {*held_out, *dv})
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    optimizer = make_optimizer(config, student)
-    score = Score(config, task, teacher, task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), exclude))
-    effopd = None
-    if config.method == "effopd":
-        effopd = EffOPD(student, score, accept=config.accept, candidates=config.candidates, scope=config.scope,
-                        num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
-                        every=config.search_every, optimizer=optimizer if config.reset_moments else None,
-                        utility_gate=config.utility_gate,
-                        alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
-    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
-    save_checkpoint(student, out_dir / "checkpoints" / "step_000000")
+    optimizer, signals, score = make_optimizer(config, student), Signals(), Score(config, task, teacher, dv)
 
-    student_tokens, seconds, searches = 0, 0.0, []
-    first_accuracy, before = evaluate(student, task, held_out)
-    curve = [dict(step=0, accuracy=first_accuracy, tokens=0, seconds=0.0)]
-    bar = tqdm(range(1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True)
-    for step in bar:
-        start = time.perf_counter()
-        problems = task.problems(config.batch_size // (config.group_size if config.method == "rl" else 1), rng, exclude)
-        try:
-            batch, teacher_logits, line = train_step(config, task, student, teacher, optimizer, problems, generator)
-        except FloatingPointError as error:
-            raise ValueError(f"step {step}: {error}. The run so far is in {out_dir}") from None
-        seconds += time.perf_counter() - start
+    def validate(model):
+        with signals.may_interrupt():
+            return score(model)
 
-        if step.bit_count() == 1:                             # 1, 2, 4, 8, ...: before a jump
-            save_checkpoint(student, out_dir / "checkpoints" / f"step_{step:06d}")
-        if effopd is not None:
-            start, tokens_before = time.perf_counter(), score.tokens
-            score.last_batch = batch, teacher_logits
-            search = effopd.step(step)
-            seconds += time.perf_counter() - start
-            if search is not None:
-                searches.append(search | {"tokens": score.tokens - tokens_before})
-                append_json(out_dir / "search.jsonl", searches[-1])
-        optimizer.zero_grad()                                 # after the search, which reads the gradients
+    effopd = make_effopd(config, student, validate, optimizer) if config.method == "effopd" else None
+    state, pending = load_state(out_dir), None                # pending: of a step that was stopped before its end
+    if state is None:
+        run = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[])
+        accuracy, answers = evaluate(student, task, held_out)
+        run |= dict(curve=[dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0)],
+                    examples=wrong_answers(task, held_out, answers))
+        write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
+        save_checkpoint(student, out_dir, "step_000000", config.keep_last)
+        save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
+    else:
+        run, pending = restore(state, student, optimizer, effopd, generator)
+        tidy(out_dir, run)
+        score.tokens = run["validation_tokens"]
+        for _ in range(run["step"] + (pending is not None)):  # the data's order: draw once more what was used
+            next(batches)
+    bar = tqdm(range(run["step"] + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True,
+               initial=run["step"], total=config.steps)
+    with signals:
+        for step in bar:
+            start, before = time.perf_counter(), random_states(generator)
+            try:
+                if pending is None:
+                    problems = next(batches)
+                    try:
+                        with signals.may_interrupt():
+                            pending = backward(config, task, student, teacher, problems, generator)
+                        optimizer.step()
+                    except FloatingPointError as error:
+                        if not config.skip_nonfinite:
+                            raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
+                                             f"{last_checkpoint(out_dir)}. Try a lower --lr, or --skip_nonfinite"
+                                             ) from None
+                        run["skipped"] += 1
+                        pending = None, None, dict(loss=None, kl=None, skipped=str(error))
+                    pending[2]["seconds"] = run["seconds"] + time.perf_counter() - start
+                batch, targets, line = pending
+                if step.bit_count() == 1:                     # 1, 2, 4, 8, ...: before a jump
+                    save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
+                searched = run["searches"] and run["searches"][-1]["step"] == step
+                if effopd is not None and batch is not None and not searched:
+                    start, score.last_batch = time.perf_counter(), (batch, targets)
+                    search = effopd.step(step)
+                    line["seconds"] += time.perf_counter() - start
+                    if search is not None:
+                        run["searches"].append(search | {"tokens": score.tokens - run["validation_tokens"]})
+                        run["validation_tokens"] = score.tokens
+                        append_json(out_dir / "search.jsonl", run["searches"][-1])
+                if step % config.eval_every == 0 or step == config.steps:
+                    with signals.may_interrupt():
+                        line["accuracy"], answers = evaluate(student, task, held_out)
+                    look_again(task, run["examples"], dict(zip(held_out, answers)))
+            except KeyboardInterrupt:                         # asked twice: not even to the end of the step
+                save_state(out_dir, config, run, student, optimizer, effopd,
+                           before if pending is None else random_states(generator), pending)
+                raise Interrupted(f"in step {step}", signals.asked) from None
+            optimizer.zero_grad()                             # after the search, which reads the gradients
+            run |= dict(step=step, seconds=line["seconds"],
+                        student_tokens=run["student_tokens"] + (0 if batch is None else int(batch.mask.sum())))
+            line = {"step": step, **line, "student_tokens": run["student_tokens"],
+                    "validation_tokens": run["validation_tokens"]}
+            if "accuracy" in line:
+                run["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
+                                         tokens=run["student_tokens"] + run["validation_tokens"]))
+            run["log"].append(line)
+            append_json(out_dir / "log.jsonl", line)
+            pending = None
+            if step.bit_count() == 1 or step % config.save_every == 0 or step == config.steps or signals.asked:
+                save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
+            if signals.asked:
+                raise Interrupted(f"after step {step}", signals.asked)
+            bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", accuracy=f"{run['curve'][-1]['accuracy']:.3f}")
 
-        student_tokens += int(batch.mask.sum())
-        line = dict(step=step, **line, student_tokens=student_tokens, validation_tokens=score.tokens, seconds=seconds)
-        if step % config.eval_every == 0 or step == config.steps:
-            line["accuracy"], after = evaluate(student, task, held_out)
-            curve.append(dict(step=step, accuracy=line["accuracy"], tokens=student_tokens + score.tokens,
-                              seconds=seconds))
-        append_json(out_dir / "log.jsonl", line)
-        bar.set_postfix(kl=f"{line['kl']:.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
-
-    save_checkpoint(student, out_dir / "checkpoints" / "final")
+    save_checkpoint(student, out_dir, "final", config.keep_last)
     summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                   final_accuracy=fmean(point["accuracy"] for point in curve[1:][-3:]),
-                   tokens=student_tokens + score.tokens, validation_tokens=score.tokens, seconds=seconds,
-                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in searches],
-                   curve=curve, examples=examples(task, held_out, before, after))
+                   final_accuracy=fmean(point["accuracy"] for point in run["curve"][1:][-3:]),
+                   tokens=run["student_tokens"] + run["validation_tokens"], skipped=run["skipped"],
+                   validation_tokens=run["validation_tokens"], seconds=run["seconds"],
+                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in run["searches"]],
+                   curve=run["curve"], examples=run["examples"])
     write_json(out_dir / "summary.json", summary)
     return summary
 
 
-def examples(task, problems, before, after, n=3) -> list[dict]:
-    """The first n problems that the student got wrong before training, with its answers before and after."""
-    rows = [dict(problem=p, before=task.decode(b), after=task.decode(a), right=task.is_correct(p, task.decode(a)))
-            for p, b, a in zip(problems, before, after) if not task.is_correct(p, task.decode(b))]
-    return rows[:n]
+def make_effopd(config, student, validate, optimizer):
+    return EffOPD(student, validate, accept=config.accept, candidates=config.candidates, scope=config.scope,
+                  num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
+                  every=config.search_every, optimizer=optimizer if config.reset_moments else None,
+                  utility_gate=config.utility_gate, offload=config.offload,
+                  alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
+
+
+def wrong_answers(task, problems, answers, n=3) -> list[dict]:
+    """The first n problems that the student gets wrong before training, with its answers."""
+    texts = ((p, task.decode(a)) for p, a in zip(problems, answers))
+    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:n]
+
+
+def look_again(task, rows, answers):
+    """Put the answers that they get now into the rows of `wrong_answers`."""
+    for row in rows:
+        row["after"] = task.decode(answers[row["problem"]])
+        row["right"] = task.is_correct(row["problem"], row["after"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# If it stops: signals, and the state that a run goes on from.
+
+class Interrupted(Exception):
+    """A run that a signal stopped: (where, the signal's number). It can be resumed."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: the first asks for a stop after the step, the second stops what `may_interrupt` surrounds."""
+
+    def __init__(self):
+        self.asked, self.at_once, self.inside = 0, False, False
+
+    def __enter__(self):
+        main_thread = threading.current_thread() is threading.main_thread()    # only there can signals be received
+        self.previous = {number: signal.signal(number, self.receive)
+                         for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if not self.asked:
+            self.asked = number
+            print("\nStopping after this step; once more stops at once", file=sys.stderr)
+        else:
+            self.at_once = True
+            if self.inside:
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def may_interrupt(self):
+        if self.at_once:
+            raise KeyboardInterrupt
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+
+def random_states(generator) -> dict:
+    kind, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+                generator=generator.get_state())
+
+
+def set_random_states(states, generator):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    generator.set_state(states["generator"])
+
+
+def save_state(out_dir, config, run, student, optimizer, effopd, states, pending=None):
+    """Everything that a run depends on, after run["step"] steps. The state before it stays as state_previous.pt."""
+    state = dict(run=run, student=student.state_dict(), optimizer=optimizer.state_dict(),
+                 effopd=effopd and effopd.state_dict(), random=states)
+    if pending is not None:                                   # the step has been taken; its search, perhaps, has not
+        batch, targets, line = pending
+        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+                                gradients={name: p.grad for name, p in student.named_parameters()})
+    path = out_dir / "state.pt"
+    with replacing(path) as scratch:
+        with open(scratch, "wb") as f:
+            torch.save(state, f)
+        if path.exists() and config.keep_last != 1:
+            path.replace(out_dir / "state_previous.pt")
+
+
+def load_state(out_dir) -> dict | None:
+    """The newest state of a run that can be read; None if there never was one. ValueError if none is left."""
+    paths = [path for path in (out_dir / "state.pt", out_dir / "state_previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"run", "student", "optimizer", "effopd", "random"} <= set(state):
+                raise ValueError("it lacks parts")
+            return state
+        except Exception as error:                            # a broken file can raise anything
+            print(f"{path} is damaged ({first_line(error)}); trying the state before it", file=sys.stderr)
+    if paths:
+        raise ValueError(f"{out_dir} has no state that can be read, so it cannot go on; a new run can start from its "
+                         f"weights with --student {last_checkpoint(out_dir)}")
+
+
+def restore(state, student, optimizer, effopd, generator):
+    """Put a state back. Returns the run so far, and the step that was not finished, if any."""
+    student.load_state_dict(state["student"])
+    optimizer.load_state_dict(state["optimizer"])
+    if effopd is not None:
+        effopd.load_state_dict(state["effopd"])
+    set_random_states(state["random"], generator)
+    if "pending" not in state:
+        return state["run"], None
+    saved = state["pending"]
+    for name, p in student.named_parameters():
+        grad = saved["gradients"][name]
+        p.grad = None if grad is None else grad.to(p.device)
+    batch = saved["batch"] and Batch(*(x.to(student.device) for x in saved["batch"]))
+    targets = saved["targets"] and [x if x is None else x.to(student.device) for x in saved["targets"]]
+    return state["run"], (batch, targets, saved["line"])
+
+
+def tidy(out_dir, run):
+    """Take back what was written after the state: log lines, checkpoints, files half written."""
+    for name in ("log", "search"):
+        lines = run["log" if name == "log" else "searches"]
+        if not lines:
+            (out_dir / f"{name}.jsonl").unlink(missing_ok=True)
+            continue
+        with replacing(out_dir / f"{name}.jsonl") as scratch:
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in sorted((out_dir / "checkpoints").iterdir()):
+        number = path.name.removeprefix("step_")
+        if number.isdecimal() and int(number) > run["step"] or path.suffix == ".part":
+            shutil.rmtree(path)
+        else:
+            try:
+                with safe_open(path / "model.safetensors", "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                print(f"{path} is damaged ({first_line(error)}); the run does without it, analyze.py cannot",
+                      file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -539,11 +1067,12 @@ def examples(task, problems, before, after, n=3) -> list[dict]:
 
 def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
-    train_step(config, task, rehearsal, teacher, make_optimizer(config, rehearsal),
-               task.problems(config.batch_size, random.Random(0)), None)
+    backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
+    make_optimizer(config, rehearsal).step()
+    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     runs = {}
     for name, (directory, settings) in RACE.items():
-        (out_dir / directory).mkdir()
+        (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
                             out_dir / directory, name)
     summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
@@ -614,7 +1143,7 @@ def draw_race(summary, path):
     panels[0].set_ylabel("accuracy (one sampled answer a problem)")
     panels[0].legend(loc="lower right")
     figure.suptitle("One student, one teacher, three ways to distil (dots: where a search accepted a jump)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -628,9 +1157,8 @@ def versions(device) -> dict:
 
 
 def write_json(path: Path, value):
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)                                     # never a half-written file under the real name
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1))
 
 
 def append_json(path: Path, line: dict):
@@ -638,16 +1166,68 @@ def append_json(path: Path, line: dict):
         f.write(json.dumps(line) + "\n")
 
 
-def save_checkpoint(model, directory: Path):
-    scratch = directory.with_name(directory.name + ".part")
-    model.save_pretrained(scratch)
-    scratch.rename(directory)
+def save_checkpoint(model, out_dir: Path, name: str, keep_last: int = 0):
+    """out_dir/checkpoints/name. Of those of later steps than 0, only the last keep_last stay (0: all)."""
+    home = out_dir / "checkpoints"
+    home.mkdir(exist_ok=True)
+    with replacing(home / name) as scratch:
+        model.save_pretrained(scratch)
+    if keep_last:
+        for old in sorted(home.glob("step_*[1-9]*"))[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def last_checkpoint(out_dir: Path) -> Path | str:
+    return max((out_dir / "checkpoints").glob("step_*[0-9]"), default="(there is none)")
+
+
+@contextmanager
+def replacing(path: Path):
+    """A path beside `path`: what is written to it takes path's place when the block ends, all or nothing.
+
+    OSError names the file that could not be written; what was there before is still there.
+    """
+    scratch = path.with_name(path.name + ".part")
+    try:
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+        yield scratch
+        for file in scratch.iterdir() if scratch.is_dir() else [scratch]:
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())                          # on the disk before it has the name
+        if path.is_dir():
+            shutil.rmtree(path)
+        scratch.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {first_line(error)}") from None
+
+
+def first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def check_space(config, model, out_dir):
+    """ValueError if the disk has too little room for the run's checkpoints and states."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    checkpoints = min(config.steps.bit_length(), config.keep_last or math.inf) + 3      # 0, final, one being written
+    states = (3 if config.keep_last != 1 else 2) * (5 if config.method != "opd" else 3)  # weights, moments, W_prev, Δ
+    needed = weights * (checkpoints + states) * (len(RACE) if config.method == "race" else 1)
+    free = shutil.disk_usage(out_dir).free
+    if needed > free:
+        raise ValueError(f"{out_dir} is on a disk with {free / 1e9:.1f} GB free, and the run can take "
+                         f"{needed / 1e9:.1f} GB; choose another --out_dir, or keep fewer checkpoints "
+                         "with --keep_last 1")
 
 
 def claim_directory(config) -> Path:
     """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free: no run overwrites another."""
     if config.out_dir:
-        Path(config.out_dir).mkdir(parents=True)
+        try:
+            Path(config.out_dir).mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"--out_dir {config.out_dir} exists already; name a new directory or remove it, or go on "
+                             f"with --resume {config.out_dir}") from None
         return Path(config.out_dir)
     Path("runs").mkdir(exist_ok=True)
     for n in range(1, sys.maxsize):
@@ -661,20 +1241,21 @@ def claim_directory(config) -> Path:
 
 def main(args=None):
     config = parse_config(args)
-    if config.out_dir and Path(config.out_dir).exists():      # said now, not after base and teacher were made
-        stop(f"--out_dir {config.out_dir} exists already; name a new directory or remove it")
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")            # TF32 on tensor cores
-    task = Chains(config.num_ops, config.digits)
+    out_dir = None
     try:
-        student, teacher = load_models(config, task)
+        out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
+        task, student, teacher = load(config)
+        check_space(config, student, out_dir)
         problems = evaluation_problems(config, task)
-        print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}, "
-              f"teacher {evaluate(teacher, task, problems)[0]:.3f}")
-        out_dir = claim_directory(config)
+        if not config.resume:
+            print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
+                  (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
         if config.method == "race":
             summary = race(config, task, student, teacher, out_dir)
-            draw_race(summary, out_dir / "race.png")
+            with replacing(out_dir / "race.png") as scratch:
+                draw_race(summary, scratch)
             label = list(RACE)[-1]
             print_examples(label, summary["methods"][label]["examples"])
             print_race(summary)
@@ -684,8 +1265,17 @@ def main(args=None):
             print_examples(config.method, summary["examples"])
             print_run(summary)
             print(f"\nEverything is in {out_dir}")
+    except Interrupted as stopped:
+        where, number = stopped.args
+        print(f"train.py: stopped {where}; to go on: python train.py --resume {out_dir}", file=sys.stderr)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        stop("stopped before training began")
     except (ValueError, OSError) as error:
         stop(error)
+    finally:
+        if out_dir and not config.resume and not any(out_dir.iterdir()):
+            out_dir.rmdir()                                   # nothing came of it
 
 
 if __name__ == "__main__":

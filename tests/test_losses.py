@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from effopd import group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from effopd import chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
 
 V, B, T = 7, 3, 5
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
@@ -184,3 +184,55 @@ def test_expected_policy_gradient_is_the_gradient_of_the_expected_reward():
     for y in range(V):                                        # a baseline, as the group's mean is, does not matter
         (p[y] * policy_gradient(student, torch.tensor([[y]]), reward[y:y + 1] - 7.0, torch.ones(1, 1))).backward()
     torch.testing.assert_close(student.grad, exact, atol=1e-5, rtol=1e-5)
+
+
+# Losses that never hold all logits.
+
+CHUNKED = {
+    "full": lambda z, q: reverse_kl(z, q, torch.ones(len(z)), 11),
+    "top k": lambda z, q: reverse_kl_top_k(z, q, torch.ones(len(z)), 3, 11),
+    "sampled": lambda z, q: reverse_kl_sampled(z, q, q.argmax(-1), torch.ones(len(z)), num_tokens=11),
+}
+
+
+@pytest.mark.parametrize("size", [1, 4, 11, 64])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_have_the_value_and_gradient_of_the_whole(name, size):
+    N, C = 11, 6
+    hidden, head, teacher = logits(0, N, C).float(), logits(1, V, C).float(), logits(2, N, V).float()
+
+    def gradients(loss):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        value = loss(h, w)
+        (3 * value).backward()                                # what comes from above must reach the gradients
+        return value.detach(), h.grad, w.grad
+
+    whole = gradients(lambda h, w: CHUNKED[name](h @ w.T, teacher))
+    pieces = gradients(lambda h, w: chunked(CHUNKED[name], h, w, teacher, chunk_size=size))
+    for a, b in zip(whole, pieces):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(CHUNKED[name], hidden, head, teacher, chunk_size=size), whole[0])
+
+
+def test_chunks_of_nothing_are_nothing():
+    hidden, head = torch.zeros(0, 6, requires_grad=True), torch.randn(V, 6, requires_grad=True)
+    chunked(CHUNKED["full"], hidden, head, torch.zeros(0, V)).backward()
+    assert head.grad.abs().sum() == 0
+
+
+def test_chunks_hold_no_more_logits_than_they_say():
+    seen = []
+
+    def loss(z, y):
+        seen.append(tuple(z.shape))
+        return z.sum()
+
+    chunked(loss, torch.randn(10, 6, requires_grad=True), torch.randn(V, 6), torch.zeros(10), chunk_size=4)
+    assert seen == [(4, V), (4, V), (2, V)]
+
+
+def test_chunks_add_up_a_bf16_heads_gradient_in_float32():
+    hidden, head = torch.ones(4096, 1, dtype=torch.bfloat16), torch.ones(V, 1, dtype=torch.bfloat16, requires_grad=True)
+    chunked(lambda z, _: z.float().sum(), hidden, head, hidden, chunk_size=1).backward()
+    assert head.grad.float().unique().tolist() == [4096.0]    # in bfloat16 the sum would end at 256
