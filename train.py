@@ -221,7 +221,7 @@ PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
 REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
-    steps=64, lr=1e-6, batch_size=64, micro_batch_size=8, rollout_batch_size=64, eval_every=8, eval_size=200,
+    steps=64, lr=1e-6, batch_size=64, micro_batch_size=4, rollout_batch_size=64, eval_every=8, eval_size=200,
     offload=True)
 
 RACE = {  # name: (directory, how it differs from the others)
