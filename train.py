@@ -295,6 +295,7 @@ def parse_config(args=None) -> Config:
     elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
         ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
         "--data; the built-in task")
+    elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
