@@ -450,9 +450,7 @@ class EffOPDCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         record = self.effopd.step(state.global_step + 1)                # which is counted up after this event
         if record:
-            score = record["scores"][record["accepted"]] if record["scores"] else None
-            state.log_history.append({"step": record["step"], "effopd_accepted": record["accepted"],
-                                      "effopd_multiple": record["multiple"], "effopd_score": score})
+            state.log_history.append(self.entry(record))
 
     def on_save(self, args, state, control, **kwargs):
         sharded = any(map(is_sharded, self.effopd.previous))
@@ -466,6 +464,10 @@ class EffOPDCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.file(folder, args), {"history": json.dumps(effopd["history"])})
 
+    def entry(self, record):
+        return {"step": record["step"], "effopd_accepted": record["accepted"], "effopd_multiple": record["multiple"],
+                "effopd_score": record["scores"][record["accepted"]] if record["scores"] else None}
+
     def file(self, folder, args):
         sharded = any(map(is_sharded, self.effopd.previous))
         rank, ranks = (args.process_index, args.world_size) if sharded else (0, 1)
@@ -478,7 +480,7 @@ class EffOPDCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         file, parameters = self.file(folder, args), self.effopd.parameters
         if mean_over_ranks(file.exists(), args.device) < 1:
-            log.warning(f"EffOPD: no {file}, so W_prev is the weights resumed from. If the checkpoint is elsewhere, set "
+            log.warning(f"EffOPD starts anew from these weights: no {file}. If the checkpoint is elsewhere, set "
                         "args.resume_from_checkpoint to its folder")
             return
         saved = {"previous": {}, "delta": {}}
@@ -487,8 +489,7 @@ class EffOPDCallback(TrainerCallback):
             for key in f.keys():
                 kind, name = key.split(".", 1)
                 saved[kind][name] = shard_like(f.get_tensor(key), parameters.get(name))
-        logged = [(entry["step"], entry["effopd_multiple"]) for entry in state.log_history if "effopd_multiple" in entry]
-        if logged != [(record["step"], record["multiple"]) for record in saved["history"]]:
+        if list(map(self.entry, saved["history"])) != [e for e in state.log_history if "effopd_multiple" in e]:
             raise ValueError(f"{file} is of another run: set args.resume_from_checkpoint to the checkpoint's folder")
         self.effopd.load_state_dict({**saved, "delta": saved["delta"] or None})
 

@@ -247,7 +247,7 @@ PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=500, teacher
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
 REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
-    steps=64, lr=1e-6, batch_size=64, micro_batch_size=8, rollout_batch_size=64, eval_every=8, eval_size=200,
+    steps=64, lr=1e-6, batch_size=64, micro_batch_size=4, rollout_batch_size=64, eval_every=8, eval_size=200,
     offload=True)
 
 RACE = {  # name: (directory, how it differs from the others)
@@ -284,6 +284,9 @@ def parse_config(args=None) -> Config:
                               usage="python train.py [--SETTING VALUE ...]")
     first.error = parser.error = stop
     chosen = first.parse_known_args(args)[0]
+    for name, value in vars(chosen).items():
+        if isinstance(value, list):                           # what argparse makes of --lr=--
+            stop(f"--{name} needs a value")
     if chosen.resume:
         return resumed(chosen.resume, sys.argv[1:] if args is None else args)
     parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
@@ -292,6 +295,7 @@ def parse_config(args=None) -> Config:
     elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
         ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
         "--data; the built-in task")
+    elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
@@ -480,7 +484,9 @@ def read_jsonl(path: str, prompt_field: str, answer_field: str):
                 if name not in row:
                     raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
                                      f"choose with {option}")
-                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not str(row[name]).strip():
+                text = str(row[name]).encode(errors="replace").decode()        # "\\ud800" is JSON, but no text
+                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
+                        text != str(row[name])):
                     raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
             empty = False
             yield where, row[prompt_field], str(row[answer_field])
@@ -844,112 +850,167 @@ def make_optimizer(config, student):
     return torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
-    """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
-
-    Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
-    """
-    held_out = evaluation_problems(config, task)
-    dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
-    batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
-                           random.Random(f"training {config.seed}"), {*held_out, *dv})
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    optimizer, signals, score = make_optimizer(config, student), Signals(), Score(config, task, teacher, dv)
-
-    def validate(model):
-        with signals.may_interrupt():
-            return score(model)
-
-    effopd = make_effopd(config, student, validate, optimizer) if config.method == "effopd" else None
-    state, pending = load_state(out_dir), None                # pending: of a step that was stopped before its end
-    if state is None:
-        run = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[])
-        accuracy, answers = evaluate(student, task, held_out)
-        run |= dict(curve=[dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0)],
-                    examples=wrong_answers(task, held_out, answers))
-        write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
-        save_checkpoint(student, out_dir, "step_000000", config.keep_last)
-        save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
-    else:
-        run, pending = restore(state, student, optimizer, effopd, generator)
-        tidy(out_dir, run)
-        score.tokens = run["validation_tokens"]
-        for _ in range(run["step"] + (pending is not None)):  # the data's order: draw once more what was used
-            next(batches)
-    bar = tqdm(range(run["step"] + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True,
-               initial=run["step"], total=config.steps)
-    with signals:
-        for step in bar:
-            start, before = time.perf_counter(), random_states(generator)
-            try:
-                if pending is None:
-                    problems = next(batches)
-                    try:
-                        with signals.may_interrupt():
-                            pending = backward(config, task, student, teacher, problems, generator)
-                        optimizer.step()
-                    except FloatingPointError as error:
-                        if not config.skip_nonfinite:
-                            raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
-                                             f"{last_checkpoint(out_dir)}. Try a lower --lr, or --skip_nonfinite"
-                                             ) from None
-                        run["skipped"] += 1
-                        pending = None, None, dict(loss=None, kl=None, skipped=str(error))
-                    pending[2]["seconds"] = run["seconds"] + time.perf_counter() - start
-                batch, targets, line = pending
-                if step.bit_count() == 1:                     # 1, 2, 4, 8, ...: before a jump
-                    save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
-                searched = run["searches"] and run["searches"][-1]["step"] == step
-                if effopd is not None and batch is not None and not searched:
-                    start, score.last_batch = time.perf_counter(), (batch, targets)
-                    search = effopd.step(step)
-                    line["seconds"] += time.perf_counter() - start
-                    if search is not None:
-                        run["searches"].append(search | {"tokens": score.tokens - run["validation_tokens"]})
-                        run["validation_tokens"] = score.tokens
-                        append_json(out_dir / "search.jsonl", run["searches"][-1])
-                if step % config.eval_every == 0 or step == config.steps:
-                    with signals.may_interrupt():
-                        line["accuracy"], answers = evaluate(student, task, held_out)
-                    look_again(task, run["examples"], dict(zip(held_out, answers)))
-            except KeyboardInterrupt:                         # asked twice: not even to the end of the step
-                save_state(out_dir, config, run, student, optimizer, effopd,
-                           before if pending is None else random_states(generator), pending)
-                raise Interrupted(f"in step {step}", signals.asked) from None
-            optimizer.zero_grad()                             # after the search, which reads the gradients
-            run |= dict(step=step, seconds=line["seconds"],
-                        student_tokens=run["student_tokens"] + (0 if batch is None else int(batch.mask.sum())))
-            line = {"step": step, **line, "student_tokens": run["student_tokens"],
-                    "validation_tokens": run["validation_tokens"]}
-            if "accuracy" in line:
-                run["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
-                                         tokens=run["student_tokens"] + run["validation_tokens"]))
-            run["log"].append(line)
-            append_json(out_dir / "log.jsonl", line)
-            pending = None
-            if step.bit_count() == 1 or step % config.save_every == 0 or step == config.steps or signals.asked:
-                save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
-            if signals.asked:
-                raise Interrupted(f"after step {step}", signals.asked)
-            bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", accuracy=f"{run['curve'][-1]['accuracy']:.3f}")
-
-    save_checkpoint(student, out_dir, "final", config.keep_last)
-    summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                   final_accuracy=fmean(point["accuracy"] for point in run["curve"][1:][-3:]),
-                   tokens=run["student_tokens"] + run["validation_tokens"], skipped=run["skipped"],
-                   validation_tokens=run["validation_tokens"], seconds=run["seconds"],
-                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in run["searches"]],
-                   curve=run["curve"], examples=run["examples"])
-    write_json(out_dir / "summary.json", summary)
-    return summary
-
-
 def make_effopd(config, student, validate, optimizer):
     return EffOPD(student, validate, accept=config.accept, candidates=config.candidates, scope=config.scope,
                   direction=config.direction, num_candidates=config.num_candidates, seed=config.seed,
                   first_trigger=config.first_trigger, every=config.search_every, offload=config.offload,
                   optimizer=optimizer if config.reset_moments else None, utility_gate=config.utility_gate,
                   alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
+
+
+class Training:
+    """A run: what it trains, what it has done so far (`record`), and what state.pt needs to go on from any step."""
+
+    def __init__(self, config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path):
+        self.config, self.task, self.student, self.teacher, self.out_dir = config, task, student, teacher, out_dir
+        self.held_out = evaluation_problems(config, task)
+        dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(self.held_out))
+        self.batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
+                                    random.Random(f"training {config.seed}"), {*self.held_out, *dv})
+        self.generator = torch.Generator(config.device).manual_seed(config.seed)
+        self.optimizer, self.signals = make_optimizer(config, student), Signals()
+        self.score, self.effopd = Score(config, task, teacher, dv), None
+        if config.method == "effopd":
+            self.effopd = make_effopd(config, student, self.validate, self.optimizer)
+        self.record = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[],
+                           curve=[], examples=[])
+        self.pending = None        # (batch, teacher's states, log line) of a step that was taken but is not finished
+
+    def validate(self, model) -> float:
+        with self.signals.may_interrupt():
+            return self.score(model)
+
+    def start(self):
+        accuracy, answers = evaluate(self.student, self.task, self.held_out)
+        self.record["curve"].append(dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0))
+        self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
+        write_json(self.out_dir / "config.json", asdict(self.config) | {"versions": versions(self.config.device)})
+        save_checkpoint(self.student, self.out_dir, "step_000000", self.config.keep_last)
+        self.save(random_states(self.generator))
+
+    def take_step(self, step: int):
+        """Rollouts, loss, gradients, optimiser. ValueError for numbers that are not finite, unless they are skipped."""
+        start, problems = time.perf_counter(), next(self.batches)
+        try:
+            with self.signals.may_interrupt():
+                self.pending = backward(self.config, self.task, self.student, self.teacher, problems, self.generator)
+            self.optimizer.step()
+        except FloatingPointError as error:
+            if not self.config.skip_nonfinite:
+                raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
+                                 f"{last_checkpoint(self.out_dir)}. Try a lower --lr, or --skip_nonfinite") from None
+            self.record["skipped"] += 1
+            self.pending = None, None, dict(loss=None, kl=None, skipped=str(error))
+        self.pending[2]["seconds"] = self.record["seconds"] + time.perf_counter() - start
+
+    def search(self, step: int):
+        batch, targets, line = self.pending
+        if self.effopd is None or batch is None or any(s["step"] == step for s in self.record["searches"][-1:]):
+            return
+        start, self.score.last_batch = time.perf_counter(), (batch, targets)
+        search = self.effopd.step(step)
+        line["seconds"] += time.perf_counter() - start
+        if search is not None:
+            self.record["searches"].append(search | {"tokens": self.score.tokens - self.record["validation_tokens"]})
+            self.record["validation_tokens"] = self.score.tokens
+            append_json(self.out_dir / "search.jsonl", self.record["searches"][-1])
+
+    def evaluate(self):
+        with self.signals.may_interrupt():
+            self.pending[2]["accuracy"], answers = evaluate(self.student, self.task, self.held_out)
+        look_again(self.task, self.record["examples"], dict(zip(self.held_out, answers)))
+
+    def finish_step(self, step: int):
+        (batch, _, line), record, self.pending = self.pending, self.record, None
+        self.optimizer.zero_grad()                            # after the search, which reads the gradients
+        tokens = 0 if batch is None else int(batch.mask.sum())
+        record |= dict(step=step, seconds=line["seconds"], student_tokens=record["student_tokens"] + tokens)
+        line = dict(step=step) | line | {k: record[k] for k in ("student_tokens", "validation_tokens")}
+        if "accuracy" in line:
+            record["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
+                                        tokens=record["student_tokens"] + record["validation_tokens"]))
+        record["log"].append(line)
+        append_json(self.out_dir / "log.jsonl", line)
+
+    def save(self, states: dict):
+        """Write state.pt; the one before it stays as state_previous.pt. states: of the random number generators."""
+        state = dict(record=self.record, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
+                     effopd=self.effopd and self.effopd.state_dict(), random=states)
+        if self.pending is not None:                          # then its search is made again, which needs these
+            batch, targets, line = self.pending
+            state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+                                    gradients={name: p.grad for name, p in self.student.named_parameters()})
+        path = self.out_dir / "state.pt"
+        with replacing(path) as scratch:
+            with open(scratch, "wb") as f:
+                torch.save(state, f)
+            if path.exists() and self.config.keep_last != 1:
+                path.replace(self.out_dir / "state_previous.pt")
+
+    def restore(self, state: dict):
+        self.record = state["record"]
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.effopd is not None:
+            self.effopd.load_state_dict(state["effopd"])
+        set_random_states(state["random"], self.generator)
+        self.score.tokens = self.record["validation_tokens"]
+        if "pending" in state:
+            saved, device = state["pending"], self.student.device
+            for name, p in self.student.named_parameters():
+                p.grad = saved["gradients"][name]
+                p.grad = p.grad if p.grad is None else p.grad.to(device)
+            batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
+            targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
+            self.pending = batch, targets, saved["line"]
+        for _ in range(self.record["step"] + (self.pending is not None)):
+            next(self.batches)                                # the data's order: draw once more what was used
+        tidy(self.out_dir, self.record)
+
+    def summary(self, label: str) -> dict:
+        record, config = self.record, self.config
+        searches = [{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in record["searches"]]
+        return dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
+                    final_accuracy=fmean(point["accuracy"] for point in record["curve"][1:][-3:]),
+                    tokens=record["student_tokens"] + record["validation_tokens"], skipped=record["skipped"],
+                    validation_tokens=record["validation_tokens"], seconds=record["seconds"],
+                    searches=searches, curve=record["curve"], examples=record["examples"])
+
+
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+    """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
+
+    Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
+    """
+    run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
+    run.start() if state is None else run.restore(state)
+    done = run.record["step"]
+    bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
+               total=config.steps)
+    with run.signals:
+        for step in bar:
+            states, doubling = random_states(run.generator), step.bit_count() == 1        # 1, 2, 4, 8, ...
+            try:
+                if run.pending is None:
+                    run.take_step(step)
+                if doubling:                                  # before a jump
+                    save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
+                run.search(step)
+                if step % config.eval_every == 0 or step == config.steps:
+                    run.evaluate()
+            except KeyboardInterrupt:                         # asked twice: not even to the end of the step
+                run.save(states if run.pending is None else random_states(run.generator))
+                raise Interrupted(f"in step {step}", run.signals.asked) from None
+            run.finish_step(step)
+            if doubling or step % config.save_every == 0 or step == config.steps or run.signals.asked:
+                run.save(random_states(run.generator))
+            if run.signals.asked:
+                raise Interrupted(f"after step {step}", run.signals.asked)
+            bar.set_postfix(loss=f"{run.record['log'][-1]['loss'] or math.nan:.3f}",
+                            accuracy=f"{run.record['curve'][-1]['accuracy']:.3f}")
+    save_checkpoint(student, out_dir, "final", config.keep_last)
+    write_json(out_dir / "summary.json", run.summary(label))
+    return run.summary(label)
 
 
 def wrong_answers(task, problems, answers, n=3) -> list[dict]:
@@ -1023,29 +1084,13 @@ def set_random_states(states, generator):
     generator.set_state(states["generator"])
 
 
-def save_state(out_dir, config, run, student, optimizer, effopd, states, pending=None):
-    """Everything that a run depends on, after run["step"] steps. The state before it stays as state_previous.pt."""
-    state = dict(run=run, student=student.state_dict(), optimizer=optimizer.state_dict(),
-                 effopd=effopd and effopd.state_dict(), random=states)
-    if pending is not None:                                   # the step has been taken; its search, perhaps, has not
-        batch, targets, line = pending
-        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
-                                gradients={name: p.grad for name, p in student.named_parameters()})
-    path = out_dir / "state.pt"
-    with replacing(path) as scratch:
-        with open(scratch, "wb") as f:
-            torch.save(state, f)
-        if path.exists() and config.keep_last != 1:
-            path.replace(out_dir / "state_previous.pt")
-
-
 def load_state(out_dir) -> dict | None:
     """The newest state of a run that can be read; None if there never was one. ValueError if none is left."""
     paths = [path for path in (out_dir / "state.pt", out_dir / "state_previous.pt") if path.exists()]
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not {"run", "student", "optimizer", "effopd", "random"} <= set(state):
+            if not {"record", "student", "optimizer", "effopd", "random"} <= set(state):
                 raise ValueError("it lacks parts")
             return state
         except Exception as error:                            # a broken file can raise anything
@@ -1055,28 +1100,10 @@ def load_state(out_dir) -> dict | None:
                          f"weights with --student {last_checkpoint(out_dir)}")
 
 
-def restore(state, student, optimizer, effopd, generator):
-    """Put a state back. Returns the run so far, and the step that was not finished, if any."""
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
-    if effopd is not None:
-        effopd.load_state_dict(state["effopd"])
-    set_random_states(state["random"], generator)
-    if "pending" not in state:
-        return state["run"], None
-    saved = state["pending"]
-    for name, p in student.named_parameters():
-        grad = saved["gradients"][name]
-        p.grad = None if grad is None else grad.to(p.device)
-    batch = saved["batch"] and Batch(*(x.to(student.device) for x in saved["batch"]))
-    targets = saved["targets"] and [x if x is None else x.to(student.device) for x in saved["targets"]]
-    return state["run"], (batch, targets, saved["line"])
-
-
-def tidy(out_dir, run):
+def tidy(out_dir, record):
     """Take back what was written after the state: log lines, checkpoints, files half written."""
     for name in ("log", "search"):
-        lines = run["log" if name == "log" else "searches"]
+        lines = record["log" if name == "log" else "searches"]
         if not lines:
             (out_dir / f"{name}.jsonl").unlink(missing_ok=True)
             continue
@@ -1084,7 +1111,7 @@ def tidy(out_dir, run):
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in sorted((out_dir / "checkpoints").iterdir()):
         number = path.name.removeprefix("step_")
-        if number.isdecimal() and int(number) > run["step"] or path.suffix == ".part":
+        if number.isdecimal() and int(number) > record["step"] or path.suffix == ".part":
             shutil.rmtree(path)
         else:
             try:
