@@ -1459,39 +1459,48 @@ def print_sweep(rows):
 
 
 def draw_sweep(rows, path):
-    """Steps and seconds to the target against the first axis, a line for every other setting; hollow: a lower bound."""
+    """Steps and seconds to the target, hollow where that is a lower bound.
+
+    Against the first axis, if that is numbers, with a line for every other setting; else a row for each.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     axis, lines = next(iter(rows[0]["settings"])), {}
-    for row in rows:
-        rest = " ".join(f"{n}={v}" for n, v in row["settings"].items() if n != axis)
-        lines.setdefault(rest, []).append(row)
-    names = list(dict.fromkeys(row["settings"].get(axis, "-") for row in rows))
     try:
-        place, numeric = {name: float(name) for name in names}, True
-    except ValueError:
-        place, numeric = {name: i for i, name in enumerate(names)}, False
+        for row in rows:
+            rest = " ".join(f"{name}={value}" for name, value in row["settings"].items() if name != axis)
+            lines.setdefault(rest, []).append((float(row["settings"][axis]), row))
+    except (ValueError, KeyError):                            # words, or a setting that not every method has
+        axis, lines = "", {"": list(enumerate(rows))}
     goal = " to ".join(dict.fromkeys(f"{f(row['goal'] for row in rows):.2f}" for f in (min, max)))
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4 + 0.2 * len(lines)), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4 + 0.2 * len(lines) if axis else 1.5 + 0.25 * len(rows)),
+                                  layout="constrained", sharey=not axis)
     for panel, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
-        for i, (label, of) in enumerate(lines.items()):
-            xs, stats = [place[row["settings"].get(axis, "-")] for row in of], [row["cost"][unit] for row in of]
+        for i, (label, points) in enumerate(lines.items()):
+            xs, stats = [x for x, _ in points], [row["cost"][unit] for _, row in points]
             ys = [s["mean"] for s in stats]
             bars = [[0 if s["low"] is None else abs(s["mean"] - s[end]) for s in stats] for end in ("low", "high")]
-            panel.errorbar(xs, ys, bars, color=f"C{i}", capsize=3, label=label, linestyle="-" if numeric else "none")
-            for x, y, row in zip(xs, ys, of):
+            if axis:
+                panel.errorbar(xs, ys, bars, color=f"C{i}", capsize=3, label=label)
+            else:
+                panel.errorbar(ys, xs, xerr=bars, color=f"C{i}", capsize=3, linestyle="none")
+            for x, y, (_, row) in zip(xs, ys, points):
                 full = row["reached"] == row["final"]["n"]
-                panel.plot(x, y, "o", color=f"C{i}", markerfacecolor=f"C{i}" if full else "white")
-        panel.set(xlabel=axis, ylabel=f"{title}, to accuracy {goal}", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-        if numeric and min(place.values()) > 0:
+                panel.plot(*((x, y) if axis else (y, x)), "o", color=f"C{i}",
+                           markerfacecolor=f"C{i}" if full else "white")
+        cost, costs = f"{title}, to accuracy {goal}", panel.yaxis if axis else panel.xaxis
+        panel.set(xlabel=axis, ylabel=cost, yscale="log") if axis else panel.set(xlabel=cost, xscale="log")
+        costs.set_major_formatter("{x:g}")
+        costs.set_minor_formatter("{x:g}")
+        if axis and min(x for points in lines.values() for x, _ in points) > 0:
             panel.set_xscale("log")
-        if not numeric:
-            panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
         panel.grid(alpha=0.3, which="both")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    if axis:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    else:
+        panels[0].set_yticks(range(len(rows)), [name_of(row["settings"]).replace(",", " ") for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
     figure.suptitle("Mean and 95% bootstrap interval over seeds (hollow: not every seed got there, a lower bound)")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -100,7 +101,10 @@ def test_a_run_that_never_gets_there_is_counted_and_shown(capsys, tmp_path):
     assert row["times"] == {}
     train.print_sweep(rows)
     assert "1 of 2 | ≥ 8.0 [8.0, 8.0]" in capsys.readouterr().out
-    train.draw_sweep(rows, tmp_path / "x.png")
+    for text in ("method=opd seed=0:2", "lr=1e-4,1e-3 method=opd,effopd seed=0:2", "dv_size=10,50 method=opd,effopd"):
+        rows = tabulate(grid(text), dict.fromkeys(grid(text), a_result((8, 0.7, 20, 3.0))), target=0.8)
+        train.draw_sweep(rows, tmp_path / "x.png")            # words, numbers, a setting that OPD does not have
+        assert matplotlib.image.imread(tmp_path / "x.png").shape[1] == 1100
 
 
 # The real thing, at toy size.
