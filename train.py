@@ -880,8 +880,9 @@ class Training:
         with self.signals.may_interrupt():
             return self.score(model)
 
-    def start(self):
-        accuracy, answers = evaluate(self.student, self.task, self.held_out)
+    def start(self, evaluated=None):
+        """evaluated: what `evaluate` says of the student, if that is known."""
+        accuracy, answers = evaluated or evaluate(self.student, self.task, self.held_out)
         self.record["curve"].append(dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0))
         self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
         write_json(self.out_dir / "config.json", asdict(self.config) | {"versions": versions(self.config.device)})
@@ -977,13 +978,13 @@ class Training:
                     searches=searches, curve=record["curve"], examples=record["examples"])
 
 
-def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str, evaluated=None) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
 
     Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
     """
     run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
-    run.start() if state is None else run.restore(state)
+    run.start(evaluated) if state is None else run.restore(state)
     done = run.record["step"]
     bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
                total=config.steps)
@@ -1125,7 +1126,7 @@ def tidy(out_dir, record):
 # ----------------------------------------------------------------------------------------------------------------
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
-def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
+def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
     backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
     make_optimizer(config, rehearsal).step()
@@ -1134,7 +1135,7 @@ def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path
     for name, (directory, settings) in RACE.items():
         (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
-                            out_dir / directory, name)
+                            out_dir / directory, name, evaluated)
     summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
@@ -1513,12 +1514,13 @@ def main(args=None):
         out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
         task, student, teacher = load(config)
         check_space(config, student, out_dir)
-        problems = evaluation_problems(config, task)
+        problems, evaluated = evaluation_problems(config, task), None
         if not config.resume:
-            print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
+            evaluated = evaluate(student, task, problems)
+            print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
                   (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
         if config.method == "race":
-            summary = race(config, task, student, teacher, out_dir)
+            summary = race(config, task, student, teacher, out_dir, evaluated)
             with replacing(out_dir / "race.png") as scratch:
                 draw_race(summary, scratch)
             label = list(RACE)[-1]
@@ -1526,7 +1528,7 @@ def main(args=None):
             print_race(summary)
             print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
         else:
-            summary = distil(config, task, student, teacher, out_dir, config.method)
+            summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
             print_examples(config.method, summary["examples"])
             print_run(summary)
             print(f"\nEverything is in {out_dir}")
