@@ -12,12 +12,14 @@ The part `step` needs trl (pip install trl==1.16.0).
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -291,19 +293,24 @@ def svd(args):
     shapes = [(6, 6), (2, 6), (6, 16)] if args.toy else [
         (576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
     torch.manual_seed(0)
-    a, b, difference = [], [], 0.0
+    times, difference = ([], [], []), 0.0                     # ours, ours with a matrix on each core, SVD
+    threads = torch.get_num_threads()
     for layer in range(3 if args.toy else 31):                # the first is the warm-up
         deltas = [torch.randn(shape) for shape in shapes]
         if layer % 2:
             deltas = [torch.randn(m, 16) @ torch.randn(16, n) + 1e-3 * d for d in deltas for m, n in [d.shape]]
         ours, theirs = [], []
-        a.append(seconds_of(lambda: ours.extend(map(spectral_metrics, deltas))))
-        b.append(seconds_of(lambda: theirs.extend(
+        times[0].append(seconds_of(lambda: ours.extend(map(spectral_metrics, deltas))))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            times[1].append(seconds_of(lambda: list(pool.map(spectral_metrics, deltas))))
+        torch.set_num_threads(threads)                        # some of it is one setting for the whole process
+        times[2].append(seconds_of(lambda: theirs.extend(
             spectral_metrics(torch.linalg.svd(d, full_matrices=False).S) for d in deltas)))
         difference = max(difference, *(abs(x[key] / y[key] - 1) for x, y in zip(ours, theirs) for key in x))
-    what = f"{sum(m * n for m, n in shapes) * 30 / 1e6:.0f} M in 30 layers: seconds a layer"
-    return [row(what, "3x", a[1:], b[1:], "s", [y / x for x, y in zip(a[1:], b[1:])],
-                f"largest relative difference {difference:.0e}")]
+    what = f"{sum(m * n for m, n in shapes) * 30 / 1e6:.0f} M in 30 layers, s a layer"
+    return [row(what + how, "3x", own[1:], times[2][1:], "s", [y / x for x, y in zip(own[1:], times[2][1:])], note)
+            for how, own, note in [("", times[0], f"largest relative difference {difference:.0e}"),
+                                   (f", {threads} at a time", times[1], "")]]
 
 
 def default(args):
@@ -328,7 +335,7 @@ def default(args):
             (train, "save_checkpoint", "files"), (train, "draw_race", "picture")]]
         start = time.perf_counter()
         try:
-            toy = "--steps 2 --batch_size 4 --eval_size 4 --dv_size 2 --base_steps 2 --teacher_steps 2".split()
+            toy = "--steps 2 --batch_size 4 --eval_size 4 --base_steps 2 --teacher_steps 2".split()
             train.main(["--out_dir", f"{directory}/run", "--cache_dir", f"{directory}/cache", "--device", args.device,
                         *(toy if args.toy else [])])
         finally:
@@ -341,46 +348,110 @@ def default(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# How cost grows, and the bound that explains it.
+# How cost grows, and the two bounds that explain it: arithmetic / (peak of a matrix product), bytes / bandwidth.
 
 def scaling(args):
-    """Tokens a second against batch and context, step seconds against model size, beside the bounds; a figure."""
-    sizes = [("0.3 M", 17, {}), ("2 M", 17, dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5)),
-             ("11 M", 17, dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6)),
-             ("38 M", 17, dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12)),
-             ("135 M", 49_152, SMOL)]
-    if args.toy:
-        sizes = sizes[:1]
-    models = {}
-    for name, vocabulary, shape in sizes:
+    """Tokens a second against batch and context, a step's seconds against the model's size; scaling.png beside --out."""
+    sizes = {"0.3 M": (17, {}), "2 M": (17, dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5)),
+             "11 M": (17, dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6)),
+             "38 M": (17, dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12)),
+             "135 M": (49_152, SMOL)}
+    points, peak = [], peak_arithmetic(args.device)
+    for name, (vocabulary, shape) in list(sizes.items())[:1 if args.toy else None]:
         torch.manual_seed(0)
-        models[name] = GPT(GPTConfig(vocabulary, **{"max_position_embeddings": 2200, **shape})).to(args.device)
-    peak = peak_arithmetic(args.device)
-    ends = {name: models[name] for name in (sizes[0][0], sizes[-1][0])}
-    points = []
-    for name, model in ends.items():
-        new = 2 if args.toy else 32 if name == sizes[0][0] else 8
-        jobs = [("batch", 4 ** i if name != "0.3 M" else 2 ** i, 16) for i in range(2 if args.toy else 10)
-                if name == "0.3 M" or 4 ** i <= 512]
-        jobs += [("context", 8, n) for n in ((16, 32) if args.toy else (64, 128, 256, 512, 1024, 2048))]
-        for kind, batch, context in jobs:
-            prompts = [[i % 17 for i in range(context - new if kind == "context" else 8)]] * batch
-            start = len(prompts[0])
+        model = GPT(GPTConfig(vocabulary, **{"max_position_embeddings": 4096, **shape})).to(args.device)
+        c, P = model.config, sum(p.numel() for p in model.parameters())
+        speed = bandwidth(4 * P, args.device)                 # of the cache, where the weights fit into it
 
-            def tokens(n):
-                return median(seconds_of(lambda: model.generate(prompts, n), args.device) for _ in range(repeats))
+        def decoding(batch, context):
+            """Operations and bytes of one new token for each row: products with weights, scores and values; the cache."""
+            return (batch * (2 * P + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context),
+                    4 * (P + batch * context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim))
 
-            repeats = 1 if name == "135 M" else args.repeats
-            seconds = (tokens(new + 1) - tokens(1)) / new     # without the prompt's forward pass
-            points.append(dict(kind=kind, model=name, x=batch if kind == "batch" else context, measured=batch / seconds,
-                               **{bound: batch / s for bound, s in decode_bounds(model, batch, start + new / 2, peak,
-                                                                                 args.device).items()}))
+        def add(kind, batch, context, seconds, operations, moved):
+            points.append(dict(kind=kind, model=name, batch=batch, context=context, parameters=P, seconds=seconds,
+                               arithmetic=operations / peak, bandwidth=moved / speed))
+
+        if name in ("0.3 M", "135 M"):
+            new, few = (24, 8) if name == "0.3 M" else (8, 1)
+            for batch in (1, 2) if args.toy else [2 ** i for i in range(10)]:
+                add("batch", batch, 64, decoding_seconds(model, batch, 64, new), *decoding(batch, 64))
+            for context in (8, 16) if args.toy else (64, 128, 256, 512, 1024, 2048):
+                add("context", few, context, decoding_seconds(model, few, context, new), *decoding(few, context))
+
+        batch, new = (2, 4) if args.toy else (8, 64)
+        task, config = train.Chains(5, 1), train.Config(batch_size=batch, device=args.device)
+        task.end, task.max_response, task.decode = None, new, lambda tokens: ""
+        problems, optimizer = task.problems(batch, train.random.Random(0)), train.make_optimizer(config, model)
+        teacher = copy.deepcopy(model).requires_grad_(False)
+
+        def one_step():
+            train.backward(config, task, model, teacher, problems, None)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = median([seconds_of(one_step, args.device) for _ in range(args.repeats + 1)][1:])
+        each, rows = [decoding(batch, 12 + n) for n in range(new)], batch * (12 + new)
+        add("step", batch, 12 + new, seconds, sum(o for o, _ in each) + (2 + 6) * P * rows,    # the teacher's pass, 3 of ours
+            sum(b for _, b in each) + 4 * P * (1 + 3 + 7))    # AdamW reads 4 numbers a weight and writes 3
+        print(f"{name}: a step of {batch} x {new} tokens {seconds:.2f} s", file=sys.stderr)
+    draw_scaling(points, peak, Path(args.out).with_name("scaling.png"))
     return points
+
+
+def peak_arithmetic(device) -> float:
+    """Operations a second of a large matrix product."""
+    a = torch.randn(2048, 2048, device=device)
+    return 2 * 2048 ** 3 / min(seconds_of(lambda: a @ a, device) for _ in range(6))
+
+
+def bandwidth(size, device) -> float:
+    """Bytes a second at which a block of so many bytes is read, again and again."""
+    block = torch.zeros(size // 4, device=device)
+    return size / min(seconds_of(block.sum, device) for _ in range(30))
+
+
+def decoding_seconds(model, batch, context, new) -> float:
+    """Seconds of one step of decoding with so many tokens in the cache; the prompt's own pass is not in it."""
+    ticks = []
+
+    def tick(*_):
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
+
+    hook = model.model.register_forward_pre_hook(tick)
+    model.generate([[i % 17 for i in range(context)]] * batch, new + 2)
+    hook.remove()
+    return median(after - before for before, after in zip(ticks[1:], ticks[2:]))
+
+
+def draw_scaling(points, peak, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, kind, x in zip(axes, ("batch", "context", "step"), ("batch", "context", "parameters")):
+        rows = [p for p in points if p["kind"] == kind]
+        for i, model in enumerate(["all"] if kind == "step" else dict.fromkeys(p["model"] for p in rows)):
+            own = [p for p in rows if kind == "step" or p["model"] == model]
+            for what, style in (("seconds", "o-"), ("arithmetic", "--"), ("bandwidth", ":")):
+                axis.plot([p[x] for p in own], [p[what] if kind == "step" else p["batch"] / p[what] for p in own], style,
+                          color=f"C{i}", label=model if what == "seconds" and kind == "batch" else None)
+        axis.set(xscale="log", yscale="log", ylabel="seconds a step" if kind == "step" else "sampled tokens a second",
+                 xlabel={"batch": "batch, context 64", "context": "context, batch 8 (0.3 M) or 1 (135 M)",
+                         "step": f"parameters, {rows[0]['batch']} answers of {rows[0]['context'] - 12} tokens"}[kind])
+        axis.grid(alpha=0.3)
+    axes[0].plot([], [], "k--", label=f"arithmetic, {peak / 1e9:.0f} GFlop/s")
+    axes[0].plot([], [], "k:", label="bandwidth")
+    axes[0].legend()
+    figure.suptitle("How cost grows (dots), and the least that arithmetic and bandwidth allow")
+    figure.savefig(path, dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 
-PARTS = dict(rollout=rollout, step=step, search=search, loss=loss, svd=svd, default=default)
+PARTS = dict(rollout=rollout, step=step, search=search, loss=loss, svd=svd, default=default, scaling=scaling)
 
 
 def show(rows, head):
@@ -414,7 +485,7 @@ def main(arguments=None):
         except ValueError as error:
             sys.exit(f"bench.py: {error}")
         results[part] = dict(machine=machine, rows=found)
-        rows += [(part, r) for r in found]
+        rows += [(part, r) for r in found if part != "scaling"]
         out.write_text(json.dumps(results, indent=1))
     show(rows, ", ".join(f"{name} {value}" for name, value in machine.items()))
     return rows
