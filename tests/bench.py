@@ -6,6 +6,8 @@
     python tests/bench.py --only scaling                      # how cost grows: scaling.png
     python tests/bench.py --only rollout,step,loss --device cuda
 
+On a machine that others use too: OMP_NUM_THREADS=1 python tests/bench.py --clock cpu --only rollout,step,loss,svd
+
 A table on the screen and bench.json, to which each part adds its rows. Every row: median of ours, median of theirs, and
 the median and range of their ratio, pair by pair, since on a shared machine the seconds wander and the ratio less so.
 The part `step` needs trl (pip install trl==1.16.0).
@@ -42,14 +44,17 @@ SMOL = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_a
 # ----------------------------------------------------------------------------------------------------------------
 # Measuring.
 
+clock = time.perf_counter                                     # --clock cpu: time.process_time
+
+
 def seconds_of(f, device="cpu") -> float:
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     f()
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(ours, theirs, repeats, device="cpu"):
@@ -164,12 +169,12 @@ def between_trl_s_steps(ours, model, teacher, task, problems, new, args):
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = clock()
 
         def on_step_end(self, *_, **__):
             if args.device != "cpu":
                 torch.cuda.synchronize()
-            b.append(time.perf_counter() - self.start)
+            b.append(clock() - self.start)
             a.append(seconds_of(ours, args.device))
 
     with tempfile.TemporaryDirectory() as directory:
@@ -220,7 +225,7 @@ def loss(args):
     vocabulary, width = (500, 8) if args.toy else (151_936, 1024)
     positions = 16 if args.toy else args.positions
     needed, free = 4 * vocabulary * positions * 9, free_memory(args.device)
-    few = [positions // 4, positions // 2] if needed > 0.8 * free else [positions]
+    few = [positions // 8, positions // 4] if needed > 0.8 * free else [positions]
     if 4 * vocabulary * few[-1] * 9 > 0.8 * free:
         raise ValueError(f"--only loss: {few[-1]} positions need {4 * vocabulary * few[-1] * 9 / 1e9:.0f} GB, and "
                          f"{free / 1e9:.0f} GB are free; choose fewer --positions")
@@ -228,7 +233,7 @@ def loss(args):
     for n in dict.fromkeys((*few, positions)):
         for i in range(args.repeats if n == few[-1] else 1):
             for form in ("chunked", "whole") if n in few else ("chunked",):
-                code = f"import bench; bench.measure_loss({form!r}, {n}, {vocabulary}, {width}, {args.device!r})"
+                code = f"import bench, time; bench.clock = time.{clock.__name__}; bench.measure_loss({form!r}, {n}, {vocabulary}, {width}, {args.device!r})"
                 out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True,
                                      capture_output=True, text=True).stdout
                 measured.setdefault((form, n), []).append(json.loads(out.splitlines()[-1]))
@@ -418,7 +423,7 @@ def decoding_seconds(model, batch, context, new) -> float:
     def tick(*_):
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        ticks.append(time.perf_counter())
+        ticks.append(clock())
 
     hook = model.model.register_forward_pre_hook(tick)
     model.generate([[i % 17 for i in range(context)]] * batch, new + 2)
@@ -466,6 +471,8 @@ def main(arguments=None):
     parser.add_argument("--only", default="rollout,step,search,loss,svd", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--model", default="", help="a Hugging Face checkpoint's directory, beside the built-in student")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's seconds of all cores, "
+                        "for a machine that others use too; set OMP_NUM_THREADS=1 with it (not for search and default)")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements, after one to warm up")
     parser.add_argument("--positions", type=int, default=4096, help="of the loss")
     parser.add_argument("--cache_dir", default="cache", help="train.py's, with base and teacher for the searches")
@@ -477,7 +484,9 @@ def main(arguments=None):
         parser.error(f"--only takes {', '.join(PARTS)}, separated by commas; got {wrong[0]!r}")
     if args.repeats < 1:
         parser.error("--repeats must be 1 or more")
-    machine, out = train.versions(args.device), Path(args.out)
+    global clock
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    machine, out = train.versions(args.device) | {"clock": args.clock}, Path(args.out)
     results, rows = json.loads(out.read_text()) if out.exists() else {}, []
     for part in args.only.split(","):
         try:

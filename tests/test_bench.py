@@ -45,7 +45,7 @@ def test_both_forms_of_the_loss_are_measured(capsys):
 
 def test_a_loss_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "free_memory", lambda device: 10 ** 6)
-    with pytest.raises(SystemExit, match="bench.py: --only loss: 2048 positions need 11 GB, and 0 GB are free"):
+    with pytest.raises(SystemExit, match="bench.py: --only loss: 1024 positions need 6 GB, and 0 GB are free"):
         bench.main(["--only", "loss", "--out", str(tmp_path / "bench.json")])
 
 
