@@ -3,6 +3,7 @@
     python analyze.py                                       # the newest run of each method under runs/
     python analyze.py runs/opd-s0 runs/opd-s1 runs/rl-s0    # these; runs of one method are seeds: mean, 95% interval
     python analyze.py --base DIR --checkpoints DIR1 DIR2    # any Hugging Face checkpoints, from their weights alone
+    python analyze.py --dv runs/effopd-s0 runs/effopd-s1    # a tenth question: how many problems must D_v have?
 
 Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4), a figure each in analysis/, all numbers in
 analysis/analysis.json, and on the screen what the paper says and what these runs say. With ΔW_t = W_t - W_0 and T the
@@ -23,10 +24,12 @@ In the shapes below: N checkpoints, of all runs together; r = min(m, n) singular
 
 import argparse
 import functools
+import itertools
 import json
 import math
+import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +43,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from effopd import basis_alignment, module_of, reverse_kl, spectral_metrics
-from train import Config, evaluate, evaluation_problems, load, pack, pick_device, write_json
+from effopd import SCOPES, EffOPD, basis_alignment, module_of, reverse_kl, spectral_metrics
+from train import (Chains, Config, answer, bootstrap, evaluate, evaluation_problems, load, load_models, pack,
+                   pick_device, write_json)
 
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
@@ -51,6 +55,7 @@ BETAS = (0.4, 0.8, 1.0, 1.2, 1.6)                            # 8: 0 would be the
 METRICS = ("spectral_norm", "spectral_ratio", "effective_rank", "stable_rank", "top1_ratio")
 MODULES = ("q", "k", "v", "o", "gate", "up", "down", "norm")
 BLOCK = 2 ** 24                                              # numbers read at a time: some 300 MB
+DV_SIZES = (10, 25, 50, 100, 200, 400)                      # 10: problems in D_v
 KL_ANSWERS = 100                                             # a KL is measured on so many of an accuracy's answers
 
 
@@ -783,6 +788,126 @@ def paths(study):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# 10: what would a D_v of another size have decided? All candidates of a run's searches, scored on a large one.
+
+def searches_of(directory: Path, config):
+    """Each search of an EffOPD run again, exactly: yields (its record, W_t, Δ), weights as dicts by name."""
+    if config.data or config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
+            config.utility_gate or config.direction != "update" or config.candidates == "line"):
+        raise ValueError(f"{directory}: --dv needs an EffOPD run of the built-in task, along Δ, at the powers of two")
+    kept = None
+    for line in (directory / "search.jsonl").read_text().splitlines():
+        record, before = json.loads(line), Checkpoint(directory / "checkpoints" / "step_000000")
+        point = Checkpoint(directory / "checkpoints" / f"step_{record['step']:06d}")     # saved before the jump
+        now = {name: point.read(name) for name in point.slices}
+        kept = kept or {name: before.read(name) for name in before.slices}
+        delta = {name: w - kept[name] for name, w in now.items() if config.scope == "all" or w.ndim >= 2 and any(
+            part in name.lower() for part in SCOPES[config.scope])}
+        yield record, now, delta
+        kept = add(now, delta, record["multiple"])
+
+
+def marks(model, task, problems, seed):
+    """Whether one sampled answer to each problem is right: (n,) of 0.0 and 1.0. seed: of the random numbers."""
+    right = []
+    for i in range(0, len(problems), 500):
+        some, generator = problems[i:i + 500], torch.Generator(model.device).manual_seed(seed * 1_000_003 + i)
+        right += [task.is_correct(p, task.decode(a)) for p, a in zip(some, answer(model, task, some, generator))]
+    return np.array(right, dtype=float)
+
+
+def decisions(right, again, size, draws=1000) -> dict:
+    """What a search decides by a D_v of this size, drawn `draws` times from N problems: counts, to be added up.
+
+    right (1 + candidates, N): `marks` of W_t and of its candidates, under the same random numbers; again (N,): of W_t
+    under others. The truth is the score on all N; strictly higher is accepted.
+    """
+    N, truth = right.shape[1], right.mean(1)
+    drawn = np.random.default_rng(0).random((draws, N)).argpartition(size, axis=1)[:, :size]         # (draws, size)
+    scores = right[:, drawn].mean(-1)                                            # (1 + candidates, draws)
+    higher, better = scores[1:] > scores[:-1], truth[1:] > truth[:-1]            # (candidates, draws), (candidates,)
+    asked = np.vstack([np.ones((1, draws), dtype=bool), np.logical_and.accumulate(higher)[:-1]])     # scored at all
+    kept = (asked & higher).sum(0)                                               # (draws,) 0: W_t
+    ideal = np.logical_and.accumulate(better).sum()                              # what all N problems keep
+    score = scores[kept, np.arange(draws)]
+    fresh = (right.sum(1)[kept] - size * score) / (N - size)                     # on the problems not in D_v
+    null = again[drawn].mean(-1)
+    better = better[:, None]
+    return dict(worse_asked=(asked & ~better).sum(), worse_accepted=(asked & ~better & higher).sum(),
+                better_asked=(asked & better).sum(), better_rejected=(asked & better & ~higher).sum(),
+                jumps=(kept > 0).sum(), curse=(score - fresh)[kept > 0].sum(), draws=draws,
+                lost=(truth[ideal] - truth[kept]).sum(), null_higher=(null > scores[0]).sum())
+
+
+RATES = {  # name: (what over what of `decisions`, what it is)
+    "false_accepts": ("worse_accepted", "worse_asked", "of the candidates that are no better, accepted"),
+    "false_rejects": ("better_rejected", "better_asked", "of those that are better, rejected"),
+    "accuracy_lost": ("lost", "draws", "accuracy that a search ends below the one by all problems"),
+    "curse": ("curse", "jumps", "score of what was kept, minus its score on fresh problems"),
+    "null_accepted": ("null_higher", "draws", "of candidates that are W_t itself, accepted under other random numbers")}
+
+
+@torch.no_grad()
+def dv_size(args, out_dir):
+    """10: dv.json, 10_dv_size.png and a table. The runs are seeds of each other; all their candidates are scored."""
+    rates, curse_in_run = {size: defaultdict(list) for size in DV_SIZES}, []
+    for directory in [run for given in args.runs for run in expand(Path(given))]:
+        config = read_config(directory)
+        config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
+        task = Chains(config.num_ops, config.digits)
+        model, _ = load_models(config, task)
+        parameters, problems = dict(model.named_parameters()), task.problems(args.problems, random.Random("large D_v"))
+
+        def score(weights, seed):
+            for name, p in parameters.items():
+                p.copy_(weights[name])
+            return marks(model, task, problems, seed)
+
+        counts, seen = {size: Counter() for size in DV_SIZES}, []
+        multiples = EffOPD(model, None, candidates=config.candidates, num_candidates=config.num_candidates).multiples
+        searches = tqdm(list(searches_of(directory, config)), desc=str(directory), unit="search", dynamic_ncols=True)
+        for record, now, delta in searches:
+            right = np.array([score(add(now, delta, multiple), record["step"]) for multiple in (0, *multiples)])
+            again = score(now, record["step"] + 500_000)
+            for size in DV_SIZES:
+                counts[size].update(decisions(right, again, size))
+            if record["accepted"]:                            # what the run itself saw, and what it got
+                seen.append(record["scores"][record["accepted"]] - right[record["accepted"]].mean())
+        curse_in_run += [float(np.mean(seen))] if seen else []
+        for size, (name, (part, whole, _)) in itertools.product(DV_SIZES, RATES.items()):
+            if counts[size][whole]:
+                rates[size][name].append(float(counts[size][part] / counts[size][whole]))
+    table = {name: {size: bootstrap(rates[size][name]) for size in DV_SIZES if rates[size][name]} for name in RATES}
+    in_run = bootstrap(curse_in_run) if curse_in_run else None
+    write_json(out_dir / "dv.json", dict(problems=args.problems, runs=args.runs, table=table, curse_in_run=in_run))
+
+    def say(s):
+        return f"{s['mean']:.3f}" + (f" [{s['low']:.3f}, {s['high']:.3f}]" if s["n"] > 1 else "")
+
+    print("| problems in D_v | " + " | ".join(map(str, DV_SIZES)) + " |\n|" + "---|" * (1 + len(DV_SIZES)))
+    figure, axes = canvas("10. How many problems must D_v have? Low is good",
+                          ("wrong decisions", "problems in D_v", "share"),
+                          ("their price", "problems in D_v", "accuracy"))
+    for i, (name, by_size) in enumerate(table.items()):
+        print(f"| {RATES[name][2]} | " + " | ".join(map(say, by_size.values())) + " |")
+        mean, low, high = (np.array([s["mean"] if s[what] is None else s[what] for s in by_size.values()])
+                           for what in ("mean", "low", "high"))
+        axis = axes[int(name in ("accuracy_lost", "curse"))]
+        axis.errorbar(list(by_size), mean, (mean - low, high - mean), color=f"C{i}", marker=".", capsize=3,
+                      label=name.replace("_", " "))
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks(DV_SIZES, DV_SIZES)
+        axis.minorticks_off()
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.legend()
+    figure.savefig(out_dir / "10_dv_size.png", dpi=150)
+    plt.close(figure)
+    if in_run:
+        print(f"\nIn the runs themselves, winning score minus fresh score: {say(in_run)}, n = {in_run['n']}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The command.
 
 def parse_args(args):
@@ -792,14 +917,19 @@ def parse_args(args):
     parser.add_argument("--base", help="a Hugging Face checkpoint's directory: what the others were trained from")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="its later selves' directories, the last one last")
     parser.add_argument("--out_dir", default="analysis", help="for figures and analysis.json (default: analysis)")
-    parser.add_argument("--problems", type=int, default=400, help="problems in an accuracy (default: 400)")
+    parser.add_argument("--dv", action="store_true", help="answer the tenth question, of these EffOPD runs, instead")
+    parser.add_argument("--problems", type=int, help="problems in an accuracy (default: 400; with --dv: 4000)")
     parser.add_argument("--cache_dir", default="", help="where the teacher is kept (default: the runs' own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for the accuracies")
     args = parser.parse_args(args)
     if bool(args.base) != bool(args.checkpoints) or args.base and args.runs:
         stop("give run directories, or --base DIR with --checkpoints DIR1 DIR2 ..., or nothing")
-    if args.problems < 1:
-        stop(f"--problems must be 1 or more, got {args.problems}")
+    if args.dv and not args.runs:
+        stop("--dv needs the directories of EffOPD runs")
+    least = max(DV_SIZES) + 1 if args.dv else 1
+    args.problems = (4000 if args.dv else 400) if args.problems is None else args.problems
+    if args.problems < least:
+        stop(f"--problems must be {least} or more, got {args.problems}")
     return args
 
 
@@ -864,6 +994,9 @@ def main(args=None):
     out_dir = Path(args.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        if args.dv:
+            dv_size(args, out_dir)
+            return print(f"\nThe figure and dv.json are in {out_dir}")
         study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
     except (ValueError, OSError) as error:
         stop(error)

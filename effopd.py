@@ -19,6 +19,7 @@ Where the paper is silent or says two things, this is what we chose:
   - Adam's moments are kept after a jump. Passing `optimizer` resets those of the moved weights.
   - the attention and MLP matrices move; embeddings, norms and biases do not (scope="attention+mlp").
   - all candidates of one search are scored under one random seed, the next search has another.
+  - candidates="doubling" and "line", and every direction but "update", are not the paper's: see class EffOPD.
   - module utility and the alignment of successive directions are logged with every search; they act only if asked to
     (utility_gate, alignment_gate), since the paper's algorithm uses neither.
 """
@@ -191,8 +192,11 @@ class EffOPD:
         mode, without gradients, with Python's, NumPy's and torch's random state seeded alike for all candidates of
         one search; modes, buffers and random states are put back afterwards. With torch.distributed initialised,
         every rank must call `step`, and the mean of the ranks' scores decides for all of them.
-    accept: "gt", a candidate must score higher than the last one kept; "ge", not lower.
-    candidates: "linear", W_t + 2kΔ (the paper's); "doubling", W_t + 2^k Δ; for k = 1 .. num_candidates.
+    accept: "gt", a candidate must score higher than the last one kept; "ge", not lower; "always", it need not.
+    candidates: "linear", W_t + 2kΔ (the paper's); "doubling", W_t + 2^k Δ; for k = 1 .. num_candidates. "line":
+        doubling, and where the first of them fails, back towards W_prev: W_t - Δ/2, W_t - 3Δ/4, ..., W_t - (1 - 2^-k)Δ.
+    direction: what candidates go along. "update", Δ; for comparison, matrix by matrix of Δ's norm: "random", Gaussian;
+        "top", Δ's leading tenth of singular directions; "tail", the others (see `redirect`).
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES: the names of Llama, Qwen, GPT-2 and their like), or
         "all" trainable parameters.
     first_trigger: searches at this step and its doublings. every: also at each multiple of this (0: off).
@@ -212,10 +216,11 @@ class EffOPD:
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",
-                 first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None, seed=0,
-                 offload=False):
-        for name, value, allowed in [("accept", accept, ("gt", "ge")), ("scope", scope, (*SCOPES, "all")),
-                                     ("candidates", candidates, ("linear", "doubling"))]:
+                 direction="update", first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None,
+                 seed=0, offload=False):
+        for name, value, allowed in [("accept", accept, ("gt", "ge", "always")), ("scope", scope, (*SCOPES, "all")),
+                                     ("candidates", candidates, ("linear", "doubling", "line")),
+                                     ("direction", direction, ("update", "random", "top", "tail"))]:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, value, least in [("num_candidates", num_candidates, 1), ("first_trigger", first_trigger, 1),
@@ -226,8 +231,10 @@ class EffOPD:
             raise ValueError("FSDP1 flattens the parameters: use FSDP2 (fully_shard; in accelerate, fsdp_version: 2)")
         self.model, self.validate, self.optimizer, self.seed = model, validate, optimizer, seed
         self.offload = offload
-        self.improves = (lambda new, old: new > old) if accept == "gt" else (lambda new, old: new >= old)
+        self.improves = {"gt": float.__gt__, "ge": float.__ge__, "always": lambda new, old: True}[accept]
         self.multiples = [2 * k if candidates == "linear" else 2 ** k for k in range(1, num_candidates + 1)]
+        self.backwards = [2.0 ** -k - 1 for k in range(1, num_candidates + 1)] if candidates == "line" else []
+        self.direction = direction
         self.first_trigger, self.every = first_trigger, every
         self.utility_gate, self.alignment_gate = utility_gate, alignment_gate
         reshard(model)
@@ -264,7 +271,11 @@ class EffOPD:
         start = time.perf_counter()
         reshard(self.model)
         current = self.copy_weights()                         # W_t
+        random_state = (self.seed * 1_000_003 + t) % 2 ** 63
         delta = [now - before for now, before in zip(current, self.previous)]
+        if self.direction != "update":
+            with undisturbed(self.model, seed=random_state):
+                delta = [redirect(d, self.direction) for d in delta]
         gradients = {name: p.grad for name, p in self.parameters.items()}
         utility = module_utility(gradients, dict(zip(self.parameters, delta)))
         alignment = None if self.delta is None else cosine(delta, self.delta)
@@ -284,19 +295,22 @@ class EffOPD:
         if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
             stopped, search = "alignment below the gate", []
         try:
-            for k, multiple in enumerate(search):
+            for k, multiple in enumerate(search):             # "line" may append to search on the way
                 place(multiple)
                 if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), device) < 1:
                     scores.append(math.nan)
                     stopped = "weights not finite"
                     break
-                with undisturbed(self.model, seed=(self.seed * 1_000_003 + t) % 2 ** 63):
+                with undisturbed(self.model, seed=random_state):
                     scores.append(mean_over_ranks(self.validate(self.model), device))
                 if not math.isfinite(scores[-1]):
                     stopped = "score not finite"
                     break
-                if k > 0 and not self.improves(scores[-1], scores[-2]):
+                if k > 0 and not self.improves(scores[-1], scores[kept]):
                     stopped = "score no better"
+                    if k == 1 and self.backwards:             # not further, then: less far?
+                        search[2:] = self.backwards
+                        continue
                     break
                 kept = k
         except BaseException:                                 # whatever happened in validate, W_t survives it
@@ -310,7 +324,7 @@ class EffOPD:
                 self.optimizer.state.pop(p, None)
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
-            "accepted": kept, "multiple": reached, "stopped": stopped,
+            "accepted": kept - (reached < 0), "multiple": reached, "stopped": stopped,
             "delta_norm": sum(dot(d, d) for d in delta) ** 0.5,
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
@@ -337,6 +351,25 @@ class EffOPD:
 
         self.previous, self.history = mine(state["previous"]), list(state["history"])
         self.delta = None if state["delta"] is None else mine(state["delta"])
+
+
+def redirect(delta, direction: str):
+    """Another direction of the same Frobenius norm, for a matrix Δ = U Σ Vᵀ: what a search along Δ is compared with.
+
+    "random": Gaussian, of torch's random state; "top": the leading tenth of the singular directions alone, "tail": the
+    others alone, both scaled up. Needs whole matrices; a vector or a zero matrix stays as it is ("random": a vector
+    too turns). In delta's shape and dtype.
+    """
+    if direction == "random":
+        other = torch.randn_like(delta)
+    elif delta.ndim == 2:
+        U, sigma, Vh = torch.linalg.svd(delta.float(), full_matrices=False)
+        k = max(1, round(len(sigma) / 10))
+        part = slice(0, k) if direction == "top" else slice(k, None)
+        other = (U[:, part] * sigma[part] @ Vh[part]).to(delta.dtype)
+    else:
+        return delta
+    return other * (delta.norm() / other.norm()) if other.any() else delta
 
 
 def is_sharded(tensor) -> bool:
@@ -417,9 +450,7 @@ class EffOPDCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         record = self.effopd.step(state.global_step + 1)                # which is counted up after this event
         if record:
-            score = record["scores"][record["accepted"]] if record["scores"] else None
-            state.log_history.append({"step": record["step"], "effopd_accepted": record["accepted"],
-                                      "effopd_multiple": record["multiple"], "effopd_score": score})
+            state.log_history.append(self.entry(record))
 
     def on_save(self, args, state, control, **kwargs):
         sharded = any(map(is_sharded, self.effopd.previous))
@@ -433,6 +464,10 @@ class EffOPDCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.file(folder, args), {"history": json.dumps(effopd["history"])})
 
+    def entry(self, record):
+        return {"step": record["step"], "effopd_accepted": record["accepted"], "effopd_multiple": record["multiple"],
+                "effopd_score": record["scores"][record["accepted"]] if record["scores"] else None}
+
     def file(self, folder, args):
         sharded = any(map(is_sharded, self.effopd.previous))
         rank, ranks = (args.process_index, args.world_size) if sharded else (0, 1)
@@ -445,7 +480,7 @@ class EffOPDCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         file, parameters = self.file(folder, args), self.effopd.parameters
         if mean_over_ranks(file.exists(), args.device) < 1:
-            log.warning(f"EffOPD: no {file}, so W_prev is the weights resumed from. If the checkpoint is elsewhere, set "
+            log.warning(f"EffOPD starts anew from these weights: no {file}. If the checkpoint is elsewhere, set "
                         "args.resume_from_checkpoint to its folder")
             return
         saved = {"previous": {}, "delta": {}}
@@ -454,8 +489,7 @@ class EffOPDCallback(TrainerCallback):
             for key in f.keys():
                 kind, name = key.split(".", 1)
                 saved[kind][name] = shard_like(f.get_tensor(key), parameters.get(name))
-        logged = [(entry["step"], entry["effopd_multiple"]) for entry in state.log_history if "effopd_multiple" in entry]
-        if logged != [(record["step"], record["multiple"]) for record in saved["history"]]:
+        if list(map(self.entry, saved["history"])) != [e for e in state.log_history if "effopd_multiple" in e]:
             raise ValueError(f"{file} is of another run: set args.resume_from_checkpoint to the checkpoint's folder")
         self.effopd.load_state_dict({**saved, "delta": saved["delta"] or None})
 

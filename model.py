@@ -162,14 +162,15 @@ class Attention(nn.Module):
         if cache is not None:                                 # keys and values so far, (B, G, N, D) each
             cache[0][:, :, columns], cache[1][:, :, columns] = k, v
             k, v = cache
-        if T == 1 and not x.is_cuda:                          # one query each: twice as fast by hand on a CPU
-            q = q.view(B, k.shape[1], -1, self.head_dim) * self.head_dim ** -0.5           # (B, G, H/G, D)
-            scores = q @ k.transpose(-1, -2)                                               # (B, G, H/G, N)
+        if T == 1:                                            # heads that share a key become its several queries
+            q = q.view(B, k.shape[1], -1, self.head_dim)      # (B, G, H/G, D)
+        if T == 1 and not x.is_cuda:                          # faster than the fused kernel for so few queries
+            scores = (q * self.head_dim ** -0.5) @ k.transpose(-1, -2)                     # (B, G, H/G, N)
             y = F.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), dim=-1) @ v
-            return self.o_proj(y.view(B, 1, -1))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               enable_gqa=self.grouped and T > 1)
+        return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -242,6 +243,7 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False                   # True: layers run again in the backward pass, for memory
         self.source, self.hf_config = None, None              # from_pretrained's directory, and what its config said
+        self.static_caches = None                             # of generate(compile=True)
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -296,13 +298,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
-                 eos_token_id=None) -> Rollout:
+                 eos_token_id=None, compile: str | bool = False) -> Rollout:
         """Sample one answer to each prompt, from the full softmax(logits / temperature).
 
         prompts: a list of B non-empty lists of token ids, of any lengths.
         temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
         generator: a torch.Generator on the model's device; None draws from the global random state.
         eos_token_id: an id, several, or None for "never ends".
+        compile: True decodes through torch.compile with static shapes (on a GPU, CUDA graphs); a string names another
+            backend. Costs a compilation at the first call, and again where B or the length grows, and keeps its cache
+            of keys and values. Same samples. Tested on a CPU, where it does not pay; no GPU has run it yet.
         Stops when every row has ended. ValueError for an empty prompt, for one that does not fit the context, and for
         a negative temperature.
         """
@@ -317,25 +322,32 @@ class GPT(nn.Module):
                              f"context of {self.config.max_position_embeddings}")
         # Left padding puts every row's next token in the same column, so the cache is one block for all rows.
         P, N, c, device = longest, longest + max_new_tokens, self.config, self.device
+        width = -(-N // 64) * 64 if compile else N            # few widths, few compilations
         ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=device)      # (B, P)
         padding = torch.tensor([[P - n] for n in lengths], device=device)                  # (B, 1)
-        columns, padded = torch.arange(N, device=device), min(lengths) < P
+        columns, padded = torch.arange(width, device=device), compile or min(lengths) < P
         positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
         head = self.head                                                                   # (V, C)
-        cos, sin = self.model.rotations(columns, head.dtype)                               # (N, D)
-        caches = [(cos.new_empty(B, c.num_key_value_heads, N, c.head_dim),
-                   cos.new_empty(B, c.num_key_value_heads, N, c.head_dim)) for _ in self.model.layers]
+        cos, sin = self.model.rotations(columns, head.dtype)                               # (width, D)
+        shape = (B, c.num_key_value_heads, width, c.head_dim)
+        if compile:
+            decode, caches = self.compiled(compile, shape)
+        else:
+            caches = [(cos.new_zeros(shape), cos.new_zeros(shape)) for _ in self.model.layers]
         tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         log_probs = torch.zeros(B, max_new_tokens, device=device)
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
         rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
         with self.autocast():                                 # one for all steps: it keeps the cast weights
-            for n in range(P, N):                             # n columns are known; b of the B rows are still alive
-                views = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
-                hidden = self.model(ids, cos[positions], sin[positions], mask if padded else None, views,
-                                    slice(n - ids.shape[1], n))[:, -1].to(head.dtype)           # (b, C)
-                log_p = scaled_log_softmax(F.linear(hidden, head), temperature)                # (b, V)
+            for n in range(P, N):                             # n columns are known, b of the B rows still in the batch
+                rotation = cos[positions], sin[positions]                                  # (b, T, D) each
+                if compile and n > P:
+                    hidden = decode(ids, *rotation, mask, caches, columns[n - 1:n])        # (b, 1, C)
+                else:
+                    known = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
+                    hidden = self.model(ids, *rotation, mask if padded else None, known, slice(n - ids.shape[1], n))
+                log_p = scaled_log_softmax(F.linear(hidden[:, -1].to(head.dtype), head), temperature)           # (b, V)
                 token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
                 tokens[rows, n - P] = token
                 log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
@@ -344,16 +356,27 @@ class GPT(nn.Module):
                     left = int(alive.sum())
                     if left == 0:
                         break
-                    if left <= len(rows) // 2:                    # rows that have ended leave the batch
+                    if left <= len(rows) // 2 and not compile:      # the ended rows leave the batch
                         caches = [(k[alive], v[alive]) for k, v in caches]
                         rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
-                ids, positions = token[:, None], n - padding                                   # (b, 1)
-                mask = (columns[:n + 1] >= padding)[:, None, None]                             # (b, 1, 1, n + 1)
+                ids, positions = token[:, None], n - padding                               # (b, 1)
+                seen = columns if compile else columns[:n + 1]
+                mask = ((seen >= padding) & (seen <= n))[:, None, None]                    # (b, 1, 1, n + 1 or width)
         R = n - P + 1 if max_new_tokens else 0
         tokens, log_probs = tokens[:, :R], log_probs[:, :R]
         ends = torch.isin(tokens, eos).long()
         mask = ends.cumsum(1) == ends                         # nothing has ended before
         return Rollout(tokens * mask, mask, log_probs * mask)
+
+    def compiled(self, backend, shape):
+        """One decoding step for torch.compile, and caches that stay where they are, as CUDA graphs need it."""
+        options, like = dict(mode="reduce-overhead") if backend is True else dict(backend=backend), self.head
+        old = self.static_caches and self.static_caches[0][0]
+        if old is None or (old.shape, old.dtype, old.device) != (shape, like.dtype, like.device):
+            self.static_caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.model.layers]
+        for cache in sum(self.static_caches, ()):
+            torch._dynamo.mark_static_address(cache.zero_())
+        return torch.compile(self.model, fullgraph=True, **options), self.static_caches
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str, dtype=torch.float32) -> "GPT":

@@ -5,6 +5,7 @@
     python train.py --preset gpu                       # a 25 M student on longer chains, for a GPU of 8 GB
     python train.py --method opd --lr 1e-3             # OPD at its best learning rate
     python train.py --method rl --lr 3e-4              # reinforcement learning (GRPO) on right or wrong; also sft
+    python train.py --sweep "lr=1e-4,1e-3 method=opd,effopd seed=0:5"      # a grid of runs: a table with intervals
     python train.py --gap skill                        # a student that lacks the skill: where foresight fails
     python train.py --method effopd --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-1.7B --data gsm8k.jsonl
     python train.py --help                             # every setting
@@ -23,18 +24,23 @@ Departures from arXiv:2605.11739, beside those of effopd.py:
   - no weight decay; gradients clipped to norm 1.
 """
 
+import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -88,9 +94,10 @@ class Run:
 @dataclass
 class Models:
     _argument_group_name = "the task and the two models"
-    gap: Literal["slip", "skill"] = setting(
+    gap: Literal["slip", "skill", "habit"] = setting(
         "slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the "
-        "teacher's own training (changes the defaults of base_steps and teacher_steps)")
+        "teacher's own training (changes the defaults of base_steps and teacher_steps); habit: it errs, and the "
+        "teacher writes sums and products the other way round")
     num_ops: int = setting(5, "operations in a chain")
     digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
     slip: float = setting(0.2, "gap slip: probability that a step of the base's training data is wrong")
@@ -153,10 +160,15 @@ class Search:
     score: Literal["accuracy", "rollout_kl", "batch_kl"] = setting(
         "accuracy", "of a candidate. accuracy: on D_v (the paper's); rollout_kl: -KL to the teacher on fresh answers "
         "to D_v; batch_kl: -KL on the batch just trained on")
-    candidates: Literal["linear", "doubling"] = setting("linear", "W_t + 2kΔ (the paper's) or W_t + 2^k Δ")
+    candidates: Literal["linear", "doubling", "line"] = setting(
+        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, or back towards W_prev where further is worse")
     num_candidates: int = setting(5, "candidates at most")
     dv_size: int = setting(50, "problems in D_v")
-    accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher (gt) or not lower (ge) than the last")
+    accept: Literal["gt", "ge", "always"] = setting(
+        "gt", "a candidate must score higher (gt), not lower (ge), than the last kept; always: whatever it scores")
+    direction: Literal["update", "random", "top", "tail"] = setting(
+        "update", "candidates lie along Δ or, of its norm in every matrix, a random direction, the leading tenth of "
+        "its singular directions, or the other nine")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next ones its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
@@ -166,7 +178,19 @@ class Search:
 
 
 @dataclass
-class Config(Search, Distillation, Real, Models, Run):
+class Sweep:
+    _argument_group_name = "a grid of runs"
+    sweep: str = setting(
+        "", "settings and their values: \"lr=1e-5,1e-4 method=opd,effopd seed=0:5\" is 2 x 2 x 5 runs; a:b counts from "
+        "a to b - 1; a value may bring others along, as in effopd+score=batch_kl. Goes on where it was stopped. Its "
+        "out_dir, empty: runs/sweep")
+    target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
+                            "seed by seed; .8 if it has none)")
+    jobs: int = setting(0, "runs at a time (0: two, or one on a single core)")
+
+
+@dataclass
+class Config(Sweep, Search, Distillation, Real, Models, Run):
     """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
 
     def __post_init__(self):
@@ -213,15 +237,17 @@ class Config(Search, Distillation, Real, Models, Run):
 PRESETS = {  # defaults by preset and gap
     ("laptop", "slip"): {},
     ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
+    ("laptop", "habit"): dict(teacher_steps=400, teacher_lr=3e-3),
 }
 GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
     num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
     base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
 PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=500, teacher_lr=6e-4)
 PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
 
 REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
-    steps=64, lr=1e-6, batch_size=64, micro_batch_size=8, rollout_batch_size=64, eval_every=8, eval_size=200,
+    steps=64, lr=1e-6, batch_size=64, micro_batch_size=4, rollout_batch_size=64, eval_every=8, eval_size=200,
     offload=True)
 
 RACE = {  # name: (directory, how it differs from the others)
@@ -246,28 +272,35 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+GROUPS = [Run, Models, Real, Distillation, Search, Sweep]
+OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that only these methods have a use for
+    "group_size": ("rl",), "offload": ("race", "effopd"),
+    "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
+
+
 def parse_config(args=None) -> Config:
-    groups = [Run, Models, Real, Distillation, Search]
-    first = HfArgumentParser(groups, add_help=False, allow_abbrev=False)
-    parser = HfArgumentParser(groups, description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    first = HfArgumentParser(GROUPS, add_help=False, allow_abbrev=False)
+    parser = HfArgumentParser(GROUPS, description=__doc__.split("\n\n")[0], allow_abbrev=False,
                               usage="python train.py [--SETTING VALUE ...]")
     first.error = parser.error = stop
     chosen = first.parse_known_args(args)[0]
+    for name, value in vars(chosen).items():
+        if isinstance(value, list):                           # what argparse makes of --lr=--
+            stop(f"--{name} needs a value")
     if chosen.resume:
         return resumed(chosen.resume, sys.argv[1:] if args is None else args)
     parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
     config = vars(parser.parse_args(args))
-    method, owners = config["method"], {f.name: ("effopd",) for f in fields(Search)} | {
-        "group_size": ("rl",), "offload": ("race", "effopd"),
-        "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
+    method = config["method"]
     elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
         ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
         "--data; the built-in task")
+    elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
-        if method not in owners.get(name, (method,)) and not (name == "dv_size" and config["data"]):       # a split
-            stop(f"--{name} is a setting of --method {owners[name][-1]}; --method {method} has no use for it")
+        if method not in OWNERS.get(name, (method,)) and not (name == "dv_size" and config["data"]):       # a split
+            stop(f"--{name} is a setting of --method {OWNERS[name][-1]}; --method {method} has no use for it")
         if name in elsewhere:
             stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
     try:
@@ -337,8 +370,11 @@ class Chains:
         while True:
             yield self.problems(n, rng, exclude)
 
-    def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
-        """The worked answer. Each result is wrong with probability slip, and the chain goes on from it."""
+    def solve(self, problem: str, slip: float = 0.0, rng: random.Random | None = None, swap: bool = False) -> str:
+        """The worked answer. Each result is wrong with probability slip, and the chain goes on from it.
+
+        swap: sums and products are written the other way round, 5+7=2 for 7+5=2.
+        """
         numbers = problem[:-1].replace("-", "+").replace("*", "+").split("+")
         ops = [c for c in problem if c in "+-*"]
         value, steps = int(numbers[0]), []
@@ -346,7 +382,7 @@ class Chains:
             result = (value + number if op == "+" else value - number if op == "-" else value * number) % self.modulus
             if slip and rng.random() < slip:
                 result = (result + rng.randrange(1, self.modulus)) % self.modulus
-            steps.append(f"{value}{op}{number}={result};")
+            steps.append(f"{number}{op}{value}={result};" if swap and op != "-" else f"{value}{op}{number}={result};")
             value = result
         return "".join(steps) + f"#{value}"
 
@@ -448,7 +484,9 @@ def read_jsonl(path: str, prompt_field: str, answer_field: str):
                 if name not in row:
                     raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
                                      f"choose with {option}")
-                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not str(row[name]).strip():
+                text = str(row[name]).encode(errors="replace").decode()        # "\\ud800" is JSON, but no text
+                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
+                        text != str(row[name])):
                     raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
             empty = False
             yield where, row[prompt_field], str(row[answer_field])
@@ -484,8 +522,8 @@ def pack(prompts, answers, device) -> Batch:
     return Batch(ids.to(device), ((columns >= starts) & (columns < ends)).to(device))
 
 
-def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None)):
-    """Supervised training on worked examples: 30 steps of warm-up, then linear to 5%.
+def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, None), swap=False):
+    """Supervised training on worked examples (`Chains.solve`): 30 steps of warm-up, then linear to 5%.
 
     snapshot: (step, directory) saves the model as it is after that step.
     """
@@ -495,7 +533,7 @@ def fit(model, task, config, steps, lr, slip, rng, exclude, label, snapshot=(0, 
             group["lr"] = lr * min(step / 30, 1 - 0.95 * step / steps)
         problems = task.problems(config.base_batch_size, rng, exclude)
         batch = pack([task.encode(p) for p in problems],
-                     [task.encode_answer(task.solve(p, slip, rng)) for p in problems], model.device)
+                     [task.encode_answer(task.solve(p, slip, rng, swap)) for p in problems], model.device)
         logits = model(batch.ids[:, :-1])                                                  # (B, T-1, V)
         loss = F.cross_entropy(logits[batch.mask], batch.ids[:, 1:][batch.mask])
         loss.backward()
@@ -511,10 +549,11 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
     model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
                           config.num_attention_heads, eos_token_id=task.end)).to(config.device)
     rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
-    if config.gap == "slip":
+    if config.gap in ("slip", "habit"):
         fit(model, task, config, config.base_steps, config.base_lr, config.slip, rng, exclude, "base")
         model.save_pretrained(directory / "base")
-        fit(model, task, config, config.teacher_steps, config.teacher_lr, 0.0, rng, exclude, "teacher")
+        fit(model, task, config, config.teacher_steps, config.teacher_lr, 0.0, rng, exclude, "teacher",
+            swap=config.gap == "habit")
     else:                                                     # one clean run; the base is what it was early on
         fit(model, task, config, config.base_steps + config.teacher_steps, config.base_lr, 0.0, rng, exclude,
             "base and teacher", snapshot=(config.base_steps, directory / "base"))
@@ -811,112 +850,168 @@ def make_optimizer(config, student):
     return torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+def make_effopd(config, student, validate, optimizer):
+    return EffOPD(student, validate, accept=config.accept, candidates=config.candidates, scope=config.scope,
+                  direction=config.direction, num_candidates=config.num_candidates, seed=config.seed,
+                  first_trigger=config.first_trigger, every=config.search_every, offload=config.offload,
+                  optimizer=optimizer if config.reset_moments else None, utility_gate=config.utility_gate,
+                  alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
+
+
+class Training:
+    """A run: what it trains, what it has done so far (`record`), and what state.pt needs to go on from any step."""
+
+    def __init__(self, config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path):
+        self.config, self.task, self.student, self.teacher, self.out_dir = config, task, student, teacher, out_dir
+        self.held_out = evaluation_problems(config, task)
+        dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(self.held_out))
+        self.batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
+                                    random.Random(f"training {config.seed}"), {*self.held_out, *dv})
+        self.generator = torch.Generator(config.device).manual_seed(config.seed)
+        self.optimizer, self.signals = make_optimizer(config, student), Signals()
+        self.score, self.effopd = Score(config, task, teacher, dv), None
+        if config.method == "effopd":
+            self.effopd = make_effopd(config, student, self.validate, self.optimizer)
+        self.record = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[],
+                           curve=[], examples=[])
+        self.pending = None        # (batch, teacher's states, log line) of a step that was taken but is not finished
+
+    def validate(self, model) -> float:
+        with self.signals.may_interrupt():
+            return self.score(model)
+
+    def start(self, evaluated=None):
+        """evaluated: what `evaluate` says of the student, if that is known."""
+        accuracy, answers = evaluated or evaluate(self.student, self.task, self.held_out)
+        self.record["curve"].append(dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0))
+        self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
+        write_json(self.out_dir / "config.json", asdict(self.config) | {"versions": versions(self.config.device)})
+        save_checkpoint(self.student, self.out_dir, "step_000000", self.config.keep_last)
+        self.save(random_states(self.generator))
+
+    def take_step(self, step: int):
+        """Rollouts, loss, gradients, optimiser. ValueError for numbers that are not finite, unless they are skipped."""
+        start, problems = time.perf_counter(), next(self.batches)
+        try:
+            with self.signals.may_interrupt():
+                self.pending = backward(self.config, self.task, self.student, self.teacher, problems, self.generator)
+            self.optimizer.step()
+        except FloatingPointError as error:
+            if not self.config.skip_nonfinite:
+                raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
+                                 f"{last_checkpoint(self.out_dir)}. Try a lower --lr, or --skip_nonfinite") from None
+            self.record["skipped"] += 1
+            self.pending = None, None, dict(loss=None, kl=None, skipped=str(error))
+        self.pending[2]["seconds"] = self.record["seconds"] + time.perf_counter() - start
+
+    def search(self, step: int):
+        batch, targets, line = self.pending
+        if self.effopd is None or batch is None or any(s["step"] == step for s in self.record["searches"][-1:]):
+            return
+        start, self.score.last_batch = time.perf_counter(), (batch, targets)
+        search = self.effopd.step(step)
+        line["seconds"] += time.perf_counter() - start
+        if search is not None:
+            self.record["searches"].append(search | {"tokens": self.score.tokens - self.record["validation_tokens"]})
+            self.record["validation_tokens"] = self.score.tokens
+            append_json(self.out_dir / "search.jsonl", self.record["searches"][-1])
+
+    def evaluate(self):
+        with self.signals.may_interrupt():
+            self.pending[2]["accuracy"], answers = evaluate(self.student, self.task, self.held_out)
+        look_again(self.task, self.record["examples"], dict(zip(self.held_out, answers)))
+
+    def finish_step(self, step: int):
+        (batch, _, line), record, self.pending = self.pending, self.record, None
+        self.optimizer.zero_grad()                            # after the search, which reads the gradients
+        tokens = 0 if batch is None else int(batch.mask.sum())
+        record |= dict(step=step, seconds=line["seconds"], student_tokens=record["student_tokens"] + tokens)
+        line = dict(step=step) | line | {k: record[k] for k in ("student_tokens", "validation_tokens")}
+        if "accuracy" in line:
+            record["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
+                                        tokens=record["student_tokens"] + record["validation_tokens"]))
+        record["log"].append(line)
+        append_json(self.out_dir / "log.jsonl", line)
+
+    def save(self, states: dict):
+        """Write state.pt; the one before it stays as state_previous.pt. states: of the random number generators."""
+        state = dict(record=self.record, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
+                     effopd=self.effopd and self.effopd.state_dict(), random=states)
+        if self.pending is not None:                          # then its search is made again, which needs these
+            batch, targets, line = self.pending
+            state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+                                    gradients={name: p.grad for name, p in self.student.named_parameters()})
+        path = self.out_dir / "state.pt"
+        with replacing(path) as scratch:
+            with open(scratch, "wb") as f:
+                torch.save(state, f)
+            if path.exists() and self.config.keep_last != 1:
+                path.replace(self.out_dir / "state_previous.pt")
+
+    def restore(self, state: dict):
+        self.record = state["record"]
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.effopd is not None:
+            self.effopd.load_state_dict(state["effopd"])
+        set_random_states(state["random"], self.generator)
+        self.score.tokens = self.record["validation_tokens"]
+        if "pending" in state:
+            saved, device = state["pending"], self.student.device
+            for name, p in self.student.named_parameters():
+                p.grad = saved["gradients"][name]
+                p.grad = p.grad if p.grad is None else p.grad.to(device)
+            batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
+            targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
+            self.pending = batch, targets, saved["line"]
+        for _ in range(self.record["step"] + (self.pending is not None)):
+            next(self.batches)                                # the data's order: draw once more what was used
+        tidy(self.out_dir, self.record)
+
+    def summary(self, label: str) -> dict:
+        record, config = self.record, self.config
+        searches = [{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in record["searches"]]
+        return dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
+                    final_accuracy=fmean(point["accuracy"] for point in record["curve"][1:][-3:]),
+                    tokens=record["student_tokens"] + record["validation_tokens"], skipped=record["skipped"],
+                    validation_tokens=record["validation_tokens"], seconds=record["seconds"],
+                    searches=searches, curve=record["curve"], examples=record["examples"])
+
+
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str, evaluated=None) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
 
     Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
     """
-    held_out = evaluation_problems(config, task)
-    dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
-    batches = task.batches(config.batch_size // (config.group_size if config.method == "rl" else 1),
-                           random.Random(f"training {config.seed}"), {*held_out, *dv})
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    optimizer, signals, score = make_optimizer(config, student), Signals(), Score(config, task, teacher, dv)
-
-    def validate(model):
-        with signals.may_interrupt():
-            return score(model)
-
-    effopd = make_effopd(config, student, validate, optimizer) if config.method == "effopd" else None
-    state, pending = load_state(out_dir), None                # pending: of a step that was stopped before its end
-    if state is None:
-        run = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[])
-        accuracy, answers = evaluate(student, task, held_out)
-        run |= dict(curve=[dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0)],
-                    examples=wrong_answers(task, held_out, answers))
-        write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
-        save_checkpoint(student, out_dir, "step_000000", config.keep_last)
-        save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
-    else:
-        run, pending = restore(state, student, optimizer, effopd, generator)
-        tidy(out_dir, run)
-        score.tokens = run["validation_tokens"]
-        for _ in range(run["step"] + (pending is not None)):  # the data's order: draw once more what was used
-            next(batches)
-    bar = tqdm(range(run["step"] + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True,
-               initial=run["step"], total=config.steps)
-    with signals:
+    run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
+    run.start(evaluated) if state is None else run.restore(state)
+    done = run.record["step"]
+    bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
+               total=config.steps)
+    with run.signals:
         for step in bar:
-            start, before = time.perf_counter(), random_states(generator)
+            states, doubling = random_states(run.generator), step.bit_count() == 1        # 1, 2, 4, 8, ...
             try:
-                if pending is None:
-                    problems = next(batches)
-                    try:
-                        with signals.may_interrupt():
-                            pending = backward(config, task, student, teacher, problems, generator)
-                        optimizer.step()
-                    except FloatingPointError as error:
-                        if not config.skip_nonfinite:
-                            raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
-                                             f"{last_checkpoint(out_dir)}. Try a lower --lr, or --skip_nonfinite"
-                                             ) from None
-                        run["skipped"] += 1
-                        pending = None, None, dict(loss=None, kl=None, skipped=str(error))
-                    pending[2]["seconds"] = run["seconds"] + time.perf_counter() - start
-                batch, targets, line = pending
-                if step.bit_count() == 1:                     # 1, 2, 4, 8, ...: before a jump
+                if run.pending is None:
+                    run.take_step(step)
+                if doubling:                                  # before a jump
                     save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
-                searched = run["searches"] and run["searches"][-1]["step"] == step
-                if effopd is not None and batch is not None and not searched:
-                    start, score.last_batch = time.perf_counter(), (batch, targets)
-                    search = effopd.step(step)
-                    line["seconds"] += time.perf_counter() - start
-                    if search is not None:
-                        run["searches"].append(search | {"tokens": score.tokens - run["validation_tokens"]})
-                        run["validation_tokens"] = score.tokens
-                        append_json(out_dir / "search.jsonl", run["searches"][-1])
+                run.search(step)
                 if step % config.eval_every == 0 or step == config.steps:
-                    with signals.may_interrupt():
-                        line["accuracy"], answers = evaluate(student, task, held_out)
-                    look_again(task, run["examples"], dict(zip(held_out, answers)))
+                    run.evaluate()
             except KeyboardInterrupt:                         # asked twice: not even to the end of the step
-                save_state(out_dir, config, run, student, optimizer, effopd,
-                           before if pending is None else random_states(generator), pending)
-                raise Interrupted(f"in step {step}", signals.asked) from None
-            optimizer.zero_grad()                             # after the search, which reads the gradients
-            run |= dict(step=step, seconds=line["seconds"],
-                        student_tokens=run["student_tokens"] + (0 if batch is None else int(batch.mask.sum())))
-            line = {"step": step, **line, "student_tokens": run["student_tokens"],
-                    "validation_tokens": run["validation_tokens"]}
-            if "accuracy" in line:
-                run["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
-                                         tokens=run["student_tokens"] + run["validation_tokens"]))
-            run["log"].append(line)
-            append_json(out_dir / "log.jsonl", line)
-            pending = None
-            if step.bit_count() == 1 or step % config.save_every == 0 or step == config.steps or signals.asked:
-                save_state(out_dir, config, run, student, optimizer, effopd, random_states(generator))
-            if signals.asked:
-                raise Interrupted(f"after step {step}", signals.asked)
-            bar.set_postfix(loss=f"{line['loss'] or math.nan:.3f}", accuracy=f"{run['curve'][-1]['accuracy']:.3f}")
-
+                run.save(states if run.pending is None else random_states(run.generator))
+                raise Interrupted(f"in step {step}", run.signals.asked) from None
+            run.finish_step(step)
+            if doubling or step % config.save_every == 0 or step == config.steps or run.signals.asked:
+                run.save(random_states(run.generator))
+            if run.signals.asked:
+                raise Interrupted(f"after step {step}", run.signals.asked)
+            bar.set_postfix(loss=f"{run.record['log'][-1]['loss'] or math.nan:.3f}",
+                            accuracy=f"{run.record['curve'][-1]['accuracy']:.3f}")
     save_checkpoint(student, out_dir, "final", config.keep_last)
-    summary = dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                   final_accuracy=fmean(point["accuracy"] for point in run["curve"][1:][-3:]),
-                   tokens=run["student_tokens"] + run["validation_tokens"], skipped=run["skipped"],
-                   validation_tokens=run["validation_tokens"], seconds=run["seconds"],
-                   searches=[{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in run["searches"]],
-                   curve=run["curve"], examples=run["examples"])
-    write_json(out_dir / "summary.json", summary)
-    return summary
-
-
-def make_effopd(config, student, validate, optimizer):
-    return EffOPD(student, validate, accept=config.accept, candidates=config.candidates, scope=config.scope,
-                  num_candidates=config.num_candidates, first_trigger=config.first_trigger, seed=config.seed,
-                  every=config.search_every, optimizer=optimizer if config.reset_moments else None,
-                  utility_gate=config.utility_gate, offload=config.offload,
-                  alignment_gate=config.alignment_gate if config.alignment_gate > -1 else None)
+    write_json(out_dir / "summary.json", run.summary(label))
+    return run.summary(label)
 
 
 def wrong_answers(task, problems, answers, n=3) -> list[dict]:
@@ -990,29 +1085,13 @@ def set_random_states(states, generator):
     generator.set_state(states["generator"])
 
 
-def save_state(out_dir, config, run, student, optimizer, effopd, states, pending=None):
-    """Everything that a run depends on, after run["step"] steps. The state before it stays as state_previous.pt."""
-    state = dict(run=run, student=student.state_dict(), optimizer=optimizer.state_dict(),
-                 effopd=effopd and effopd.state_dict(), random=states)
-    if pending is not None:                                   # the step has been taken; its search, perhaps, has not
-        batch, targets, line = pending
-        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
-                                gradients={name: p.grad for name, p in student.named_parameters()})
-    path = out_dir / "state.pt"
-    with replacing(path) as scratch:
-        with open(scratch, "wb") as f:
-            torch.save(state, f)
-        if path.exists() and config.keep_last != 1:
-            path.replace(out_dir / "state_previous.pt")
-
-
 def load_state(out_dir) -> dict | None:
     """The newest state of a run that can be read; None if there never was one. ValueError if none is left."""
     paths = [path for path in (out_dir / "state.pt", out_dir / "state_previous.pt") if path.exists()]
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not {"run", "student", "optimizer", "effopd", "random"} <= set(state):
+            if not {"record", "student", "optimizer", "effopd", "random"} <= set(state):
                 raise ValueError("it lacks parts")
             return state
         except Exception as error:                            # a broken file can raise anything
@@ -1022,28 +1101,10 @@ def load_state(out_dir) -> dict | None:
                          f"weights with --student {last_checkpoint(out_dir)}")
 
 
-def restore(state, student, optimizer, effopd, generator):
-    """Put a state back. Returns the run so far, and the step that was not finished, if any."""
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
-    if effopd is not None:
-        effopd.load_state_dict(state["effopd"])
-    set_random_states(state["random"], generator)
-    if "pending" not in state:
-        return state["run"], None
-    saved = state["pending"]
-    for name, p in student.named_parameters():
-        grad = saved["gradients"][name]
-        p.grad = None if grad is None else grad.to(p.device)
-    batch = saved["batch"] and Batch(*(x.to(student.device) for x in saved["batch"]))
-    targets = saved["targets"] and [x if x is None else x.to(student.device) for x in saved["targets"]]
-    return state["run"], (batch, targets, saved["line"])
-
-
-def tidy(out_dir, run):
+def tidy(out_dir, record):
     """Take back what was written after the state: log lines, checkpoints, files half written."""
     for name in ("log", "search"):
-        lines = run["log" if name == "log" else "searches"]
+        lines = record["log" if name == "log" else "searches"]
         if not lines:
             (out_dir / f"{name}.jsonl").unlink(missing_ok=True)
             continue
@@ -1051,7 +1112,7 @@ def tidy(out_dir, run):
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in sorted((out_dir / "checkpoints").iterdir()):
         number = path.name.removeprefix("step_")
-        if number.isdecimal() and int(number) > run["step"] or path.suffix == ".part":
+        if number.isdecimal() and int(number) > record["step"] or path.suffix == ".part":
             shutil.rmtree(path)
         else:
             try:
@@ -1065,7 +1126,7 @@ def tidy(out_dir, run):
 # ----------------------------------------------------------------------------------------------------------------
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
-def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
+def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
     backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
     make_optimizer(config, rehearsal).step()
@@ -1074,7 +1135,7 @@ def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path
     for name, (directory, settings) in RACE.items():
         (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
-                            out_dir / directory, name)
+                            out_dir / directory, name, evaluated)
     summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
@@ -1150,15 +1211,15 @@ def draw_race(summary, path):
 # Files.
 
 def versions(device) -> dict:
-    import numpy, transformers
+    import transformers
     return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-            "numpy": numpy.__version__, "threads": torch.get_num_threads(),
+            "numpy": np.__version__, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu"}
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value, indent=1):
     with replacing(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=1))
+        scratch.write_text(json.dumps(value, indent=indent))
 
 
 def append_json(path: Path, line: dict):
@@ -1239,7 +1300,212 @@ def claim_directory(config) -> Path:
             continue
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# The sweep: a grid of runs, each of them this script in a process of its own; then the table and the figure.
+
+def given(args=None) -> dict:
+    """The settings that a command line names itself: {name: value}."""
+    parser = HfArgumentParser(GROUPS, add_help=False, allow_abbrev=False)
+    parser.error = stop
+    unset = argparse.Namespace(**dict.fromkeys(f.name for f in fields(Config)))
+    return {name: v for name, v in vars(parser.parse_known_args(args, unset)[0]).items() if v is not None}
+
+
+def useful(run: dict) -> dict:
+    """Without the settings that the run's method has no use for."""
+    return {name: value for name, value in run.items() if run["method"] in OWNERS.get(name, (run["method"],))}
+
+
+def name_of(run: dict) -> str:
+    return ",".join(f"{name}={value}" for name, value in run.items())
+
+
+def grid(text: str) -> dict:
+    """"lr=1e-5,1e-4 method=opd seed=0:2" -> {a run's name: (its settings, the name of the OPD run beside it)}.
+
+    The first axis is the slowest. What a method has no use for is left out; runs that then are the same are one. The
+    OPD beside a run has its values on all axes, but not what these bring along. ValueError for a text that is no grid.
+    """
+    axes, runs = {}, {}
+    allowed = {f.name for f in fields(Config)} - {f.name for f in fields(Sweep)} - {"out_dir", "cache_dir", "resume"}
+    for word in text.split():
+        axis, _, values = word.partition("=")
+        span = re.fullmatch(r"(\d+):(\d+)", values)
+        values = map(str, range(int(span[1]), int(span[2]))) if span else values.split(",")
+        axes[axis] = [dict(pair.split("=", 1) for pair in re.split(r"\+(?=\w+=)", f"{axis}={v}")) for v in values]
+        if not axes[axis] or not all(v.keys() <= allowed and "" not in v.values() for v in axes[axis]):
+            raise ValueError(f"--sweep: cannot read {word!r}; wanted SETTING=VALUE,VALUE,... or SETTING=FIRST:END")
+    for values in itertools.product(*axes.values()):
+        run = {name: value for part in values for name, value in part.items()}
+        if run.get("method", "race") == "race":
+            raise ValueError("--sweep needs the methods of single runs, as in method=opd,effopd")
+        opd = useful({axis: run[axis] for axis in axes} | {"method": "opd"})
+        runs[name_of(useful(run))] = useful(run), name_of(opd)
+    return runs
+
+
+def sweep(args) -> int:
+    """Do the runs that are not in sweep.json yet, then print the table and draw the figure: the exit status."""
+    settings = given(args)
+    runs, target, jobs = grid(settings.pop("sweep")), settings.pop("target", 0.0), settings.pop("jobs", 0)
+    out_dir, where = Path(settings.pop("out_dir", "runs/sweep")), {"cache_dir": settings.pop("cache_dir", "cache")}
+    file, jobs = out_dir / "sweep.json", jobs or min(2, os.cpu_count())
+    done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
+    if done["settings"] != settings:
+        raise ValueError(f"{out_dir} has runs with {done['settings'] or 'default settings'}, not with "
+                         f"{settings or 'these'}; name another --out_dir")
+
+    def command(run):
+        return [word for pair in (useful(settings | run) | where).items() for word in (f"--{pair[0]}", str(pair[1]))]
+
+    configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
+    todo = [name for name in runs if name not in done["runs"]]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in todo:                                         # base and teacher, before two runs both make them
+        load(configs[name])
+
+    def finish(name):
+        """Do one run, or the rest of it; the last line it complained with, if it failed."""
+        directory, threads = out_dir / name, {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+        if (directory / "summary.json").exists():
+            return None
+        how = ["--resume", str(directory)]
+        if not any(directory.glob("state*.pt")):              # not begun, or stopped before its first step ended
+            shutil.rmtree(directory, ignore_errors=True)
+            how = [*command(runs[name][0]), "--out_dir", str(directory)]
+        job = subprocess.run([sys.executable, __file__, *how], capture_output=True, text=True, env=threads | os.environ)
+        said = [f"exit status {job.returncode}"] + [line for line in re.split("[\r\n]", job.stderr) if line.strip()]
+        return said[-1] if job.returncode else None
+
+    failed, pool = {}, ThreadPoolExecutor(jobs)               # threads that wait for their processes
+    try:
+        for error, name in zip(tqdm(pool.map(finish, todo), total=len(todo), desc="sweep", unit="run"), todo):
+            if error is not None:
+                failed[name] = error
+                continue
+            summary = json.loads((out_dir / name / "summary.json").read_text())
+            done["versions"] = json.loads((out_dir / name / "config.json").read_text())["versions"]
+            done["runs"][name] = {key: summary[key] for key in ("final_accuracy", "tokens", "seconds")} | dict(
+                curve=[[p["step"], p["accuracy"], p["tokens"], round(p["seconds"], 2)] for p in summary["curve"]],
+                searches=[[s["step"], s["accepted"], s["multiple"]] for s in summary["searches"]])
+            write_json(file, done, indent=None)
+    finally:
+        pool.shutdown(cancel_futures=True)                    # stopped: begin no more runs
+    groups = tabulate({name: run for name, run in runs.items() if name in done["runs"]}, done["runs"], target)
+    if groups:
+        print_sweep(groups)
+        draw_sweep(groups, out_dir / "sweep.png")
+        print(f"\nAll curves are in {file}, the picture is {out_dir / 'sweep.png'}")
+    for name, error in failed.items():
+        print(f"train.py: {name} failed: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def bootstrap(values, resamples=10_000) -> dict:
+    """{mean, low, high: 95% percentile bootstrap interval of the mean (None of one value), n}.
+
+    Of five values such an interval covers the true mean less often than 95 times in 100, nearer to 85.
+    """
+    values = np.asarray(values, dtype=float)                                     # (n,)
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5)).tolist() if len(values) > 1 else (None, None)
+    return dict(mean=float(values.mean()), low=low, high=high, n=len(values))
+
+
+UNITS = ("step", "tokens", "seconds")
+
+
+def tabulate(runs: dict, results: dict, target: float) -> list[dict]:
+    """A row for each setting but the seed: final accuracy, cost to the target, and how many times less than OPD's.
+
+    A run that never gets there counts with all it spent, so that the mean is a bound from below; `reached` counts the
+    others. times: of the seeds in which the run and the OPD beside it both get there, {} if not all do.
+    """
+    rows = {}
+    for name, (run, opd) in runs.items():
+        goal = target or (results[opd]["final_accuracy"] if opd in results else 0.8)
+        curve, beside = ([dict(zip(("step", "accuracy", "tokens", "seconds"), point)) for point in results[n]["curve"]]
+                         for n in (name, opd if opd in results else name))
+        own, other = first_at(curve, goal), first_at(beside, goal)
+        row = rows.setdefault(name_of({n: v for n, v in run.items() if n != "seed"}), dict(
+            settings={n: v for n, v in run.items() if n != "seed"}, final=[], goal=[], reached=0,
+            cost={unit: [] for unit in UNITS}, times={unit: [] for unit in UNITS}))
+        row["final"].append(results[name]["final_accuracy"])
+        row["goal"].append(goal)
+        row["reached"] += own is not None
+        for unit in UNITS:
+            row["cost"][unit].append((own or curve[-1])[unit])
+            row["times"][unit] += [other[unit] / own[unit]] if own and other and opd in results else []
+    for row in rows.values():
+        n, row["goal"] = len(row["final"]), fmean(row["goal"])
+        row["final"], row["cost"] = bootstrap(row["final"]), {u: bootstrap(v) for u, v in row["cost"].items()}
+        row["times"] = {u: bootstrap(v) for u, v in row["times"].items() if len(v) == n}
+    return list(rows.values())
+
+
+def print_sweep(rows):
+    """A Markdown table: mean [95% bootstrap interval]."""
+    def say(stats, form):
+        span = "" if stats["low"] is None else f" [{stats['low']:{form}}, {stats['high']:{form}}]"
+        return f"{stats['mean']:{form}}{span}"
+
+    print("\n| settings | n | final accuracy | to accuracy | reached | steps | student tokens | seconds | "
+          "times fewer than OPD: steps | tokens | seconds |\n|" + "---|" * 11)
+    for row in rows:
+        n, bound = row["final"]["n"], "" if row["reached"] == row["final"]["n"] else "≥ "
+        costs = [bound + say(row["cost"][unit], form) for unit, form in zip(UNITS, (".1f", ",.0f", ".1f"))]
+        times = [say(row["times"][unit], ".2f") if row["times"] else "-" for unit in UNITS]
+        cells = [name_of(row["settings"]).replace(",", " "), str(n), say(row["final"], ".3f"), f"{row['goal']:.3f}"]
+        print("| " + " | ".join([*cells, f"{row['reached']} of {n}", *costs, *times]) + " |")
+
+
+def draw_sweep(rows, path):
+    """Steps and seconds to the target against the first axis, a line for every other setting; hollow: a lower bound."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    axis, lines = next(iter(rows[0]["settings"])), {}
+    for row in rows:
+        rest = " ".join(f"{n}={v}" for n, v in row["settings"].items() if n != axis)
+        lines.setdefault(rest, []).append(row)
+    names = list(dict.fromkeys(row["settings"].get(axis, "-") for row in rows))
+    try:
+        place, numeric = {name: float(name) for name in names}, True
+    except ValueError:
+        place, numeric = {name: i for i, name in enumerate(names)}, False
+    goal = " to ".join(dict.fromkeys(f"{f(row['goal'] for row in rows):.2f}" for f in (min, max)))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4 + 0.2 * len(lines)), layout="constrained")
+    for panel, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
+        for i, (label, of) in enumerate(lines.items()):
+            xs, stats = [place[row["settings"].get(axis, "-")] for row in of], [row["cost"][unit] for row in of]
+            ys = [s["mean"] for s in stats]
+            bars = [[0 if s["low"] is None else abs(s["mean"] - s[end]) for s in stats] for end in ("low", "high")]
+            panel.errorbar(xs, ys, bars, color=f"C{i}", capsize=3, label=label, linestyle="-" if numeric else "none")
+            for x, y, row in zip(xs, ys, of):
+                full = row["reached"] == row["final"]["n"]
+                panel.plot(x, y, "o", color=f"C{i}", markerfacecolor=f"C{i}" if full else "white")
+        panel.set(xlabel=axis, ylabel=f"{title}, to accuracy {goal}", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        if numeric and min(place.values()) > 0:
+            panel.set_xscale("log")
+        if not numeric:
+            panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        panel.grid(alpha=0.3, which="both")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    figure.suptitle("Mean and 95% bootstrap interval over seeds (hollow: not every seed got there, a lower bound)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(args=None):
+    if given(args).get("sweep"):
+        try:
+            sys.exit(sweep(args))
+        except (ValueError, OSError) as error:
+            stop(error)
+        except KeyboardInterrupt:
+            stop("stopped; the same command goes on")
     config = parse_config(args)
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")            # TF32 on tensor cores
@@ -1248,12 +1514,13 @@ def main(args=None):
         out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
         task, student, teacher = load(config)
         check_space(config, student, out_dir)
-        problems = evaluation_problems(config, task)
+        problems, evaluated = evaluation_problems(config, task), None
         if not config.resume:
-            print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
+            evaluated = evaluate(student, task, problems)
+            print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
                   (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
         if config.method == "race":
-            summary = race(config, task, student, teacher, out_dir)
+            summary = race(config, task, student, teacher, out_dir, evaluated)
             with replacing(out_dir / "race.png") as scratch:
                 draw_race(summary, scratch)
             label = list(RACE)[-1]
@@ -1261,7 +1528,7 @@ def main(args=None):
             print_race(summary)
             print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
         else:
-            summary = distil(config, task, student, teacher, out_dir, config.method)
+            summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
             print_examples(config.method, summary["examples"])
             print_run(summary)
             print(f"\nEverything is in {out_dir}")

@@ -233,7 +233,8 @@ def loss(args):
     for n in dict.fromkeys((*few, positions)):
         for i in range(args.repeats if n == few[-1] else 1):
             for form in ("chunked", "whole") if n in few else ("chunked",):
-                code = f"import bench, time; bench.clock = time.{clock.__name__}; bench.measure_loss({form!r}, {n}, {vocabulary}, {width}, {args.device!r})"
+                code = (f"import bench, time; bench.clock = time.{clock.__name__}; "
+                        f"bench.measure_loss({form!r}, {n}, {vocabulary}, {width}, {args.device!r})")
                 out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True,
                                      capture_output=True, text=True).stdout
                 measured.setdefault((form, n), []).append(json.loads(out.splitlines()[-1]))

@@ -1,8 +1,10 @@
 """The metrics against NumPy and by hand, the interventions at their limits, and analyze.py once from end to end."""
 
+import itertools
 import json
 import math
 import random
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -12,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import analyze
 from analyze import Checkpoint, add, cosines, matrices, principal_components, read_weights, rescaled, truncated, window
-from effopd import module_of, module_utility, singular_values, spectral_metrics, subspace_alignment
+from effopd import module_of, module_utility, singular_values, spectral_metrics, subspace_alignment, undisturbed
 from model import GPT, GPTConfig
-from train import Chains, Config, distil, load_models
+from train import Chains, Config, Score, distil, evaluation_problems, load_models
 
 TOY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_ops=1, base_steps=4,
            teacher_steps=2, base_batch_size=8, steps=5, batch_size=6, group_size=3, eval_size=10, dv_size=5,
@@ -360,7 +362,7 @@ def test_statistics_by_hand():
     assert analyze.crossing([0, 1], [0.4, 0.6], 0.7) is None
 
 
-# From end to end.
+# The size of D_v.
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -373,6 +375,77 @@ def runs(tmp_path_factory):
         distil(config, task, student, teacher, home / "runs" / f"{method}-s{seed}", method)
     return home
 
+
+def test_decisions_are_those_of_all_subsets():
+    """Against every choice of 3 of 8 problems, searched by the letter."""
+    right = np.array([[1, 0, 0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 1, 0, 0],
+                      [1, 1, 1, 1, 0, 1, 1, 0]], dtype=float)
+    again = np.array([0, 1, 0, 0, 1, 0, 0, 0], dtype=float)
+    truth, sums, subsets = right.mean(1), dict.fromkeys(analyze.decisions(right, again, 3), 0.0), 0
+    assert truth[1] > truth[0] and truth[2] <= truth[1] and truth[3] > truth[2]  # both kinds of error can occur
+    for subset in map(list, itertools.combinations(range(8), 3)):
+        kept, others = 0, [i for i in range(8) if i not in subset]
+        for k in (1, 2, 3):
+            accepted, better = right[k, subset].sum() > right[k - 1, subset].sum(), truth[k] > truth[k - 1]
+            sums["better_asked" if better else "worse_asked"] += 1
+            sums["worse_accepted"] += accepted and not better
+            sums["better_rejected"] += better and not accepted
+            if not accepted:
+                break
+            kept = k
+        sums["lost"] += truth[1] - truth[kept]                # all 8 problems keep the first candidate
+        sums["jumps"] += kept > 0
+        sums["curse"] += (right[kept, subset].mean() - right[kept, others].mean()) * (kept > 0)
+        sums["null_higher"] += again[subset].sum() > right[0, subset].sum()
+        subsets += 1
+    got = analyze.decisions(right, again, 3, draws=20_000)
+    assert got.pop("draws") == 20_000 and sums.pop("draws") == 0
+    for name, value in sums.items():
+        assert got[name] / 20_000 == pytest.approx(value / subsets, abs=0.015), name
+
+
+def test_searches_are_rebuilt_to_the_bit(runs):
+    """The rebuilt candidates score what the run itself wrote down."""
+    directory = runs / "runs" / "effopd-kl"
+    config = Config(**TOY, method="effopd", score="rollout_kl", accept="always", num_candidates=2, seed=3,
+                    cache_dir=str(runs / "cache"))
+    task = Chains(config.num_ops, config.digits)
+    student, teacher = load_models(config, task)
+    directory.mkdir()
+    try:
+        distil(config, task, student, teacher, directory, "EffOPD")
+        score = Score(config, task, teacher, task.problems(config.dv_size, random.Random("D_v 3"),
+                                                           set(evaluation_problems(config, task))))
+        searches = list(analyze.searches_of(directory, config))
+        assert [record["step"] for record, _, _ in searches] == [1, 2, 4]
+        for record, now, delta in searches:
+            assert record["multiple"] == 4 and record["scores"][0] != record["scores"][1]
+            for multiple, expected in zip(record["multiples"], record["scores"]):
+                student.load_state_dict(add(now, delta, multiple), strict=False)
+                with undisturbed(student, seed=3 * 1_000_003 + record["step"]):
+                    assert score(student) == expected
+        with pytest.raises(ValueError, match="powers of two"):
+            list(analyze.searches_of(directory, Config(**TOY, method="effopd", search_every=1)))
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_the_size_of_dv_from_end_to_end(runs, capsys):
+    out = runs / "dv"
+    analyze.main(["--dv", str(runs / "runs" / "effopd-s0"), "--problems", "500", "--out_dir", str(out)])
+    assert "accepted under other random numbers |" in capsys.readouterr().out
+    assert (out / "10_dv_size.png").stat().st_size > 10_000
+    table = json.loads((out / "dv.json").read_text())["table"]
+    assert set(table["null_accepted"]) == {str(size) for size in analyze.DV_SIZES}
+    for args, words in [(["--dv"], "--dv needs"), (["--dv", str(runs / "runs" / "opd-s0")], "EffOPD run"),
+                        (["--dv", str(runs), "--problems", "400"], "401 or more")]:
+        with pytest.raises(SystemExit):
+            analyze.main([*args, "--out_dir", str(out)])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("analyze.py: ") and words in said
+
+
+# From end to end.
 
 def test_everything_from_four_runs(runs, capsys):
     out = runs / "analysis"

@@ -1,7 +1,8 @@
-"""Two processes (gloo, CPU): DDP and FSDP2 end with the weights and the records of one process that saw all the data."""
+"""Two processes (gloo, CPU): DDP and FSDP2 end with the weights and records of one process that saw all the data."""
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDCallback
@@ -85,6 +86,18 @@ def through_a_checkpoint(rows, folder, stop_after):
     return callback.effopd.history, whole_weights(model)
 
 
+def disagree(rank):
+    """One weight at 0, 2, ...: alone, rank 0 would accept everything and rank 1 nothing; at 46 rank 1 has no score."""
+    model = nn.ModuleDict({"mlp": nn.Linear(1, 1, bias=False)})
+    weight = nn.init.zeros_(model["mlp"].weight)
+    score = {0: lambda at: 2 * at, 1: lambda at: -at if at < 40 else math.nan}[rank]
+    effopd, kept = EffOPD(model, lambda m: score(weight.item()), num_candidates=2), []
+    for t in (1, 2, 4):
+        nn.init.constant_(weight, weight.item() + 2 ** t)
+        kept.append((effopd.step(t)["accepted"], weight.item()))
+    return kept
+
+
 def one_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -94,11 +107,14 @@ def one_rank(rank, folder):
         results.append((train(model, rows, settings), whole_weights(model)))
     for stop_after in (1, 3):
         results.append(through_a_checkpoint(rows, f"{folder}/run{stop_after}", stop_after))
-    try:
-        refused = EffOPD(net("blocks"), lambda m: 0.0, offload=True)
-    except ValueError as error:
-        refused = str(error)
-    torch.save({"results": results, "refused": refused}, f"{folder}/{rank}.pt")
+    refused = []
+    fsdp1 = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    for model, settings in [(net("blocks"), dict(offload=True)), (fsdp1, {})]:
+        try:
+            EffOPD(model, lambda m: 0.0, **settings)
+        except ValueError as error:
+            refused.append(str(error))
+    torch.save({"results": results, "refused": refused, "kept": disagree(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -107,6 +123,11 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(one_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_ranks_that_disagree_decide_alike(ranks):
+    # mean score: at / 2, so all is accepted until 40, from where one rank's score is not a number
+    assert ranks[0]["kept"] == ranks[1]["kept"] == [(2, 10.0), (2, 30.0), (0, 46.0)]
 
 
 def timeless(history):
@@ -147,5 +168,6 @@ def test_sharded_resumed_equals_uninterrupted(ranks, case):
     assert all(torch.equal(w, expected[name]) for name, w in weights.items())
 
 
-def test_offload_is_refused_for_shards(ranks):
-    assert "sharded" in ranks[0]["refused"]
+def test_offload_of_shards_and_fsdp1_are_refused(ranks):
+    offload, fsdp1 = ranks[0]["refused"]
+    assert "offload=True" in offload and "fsdp_version: 2" in fsdp1

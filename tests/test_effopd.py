@@ -8,8 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from effopd import EffOPD
 
@@ -279,6 +283,79 @@ def test_resumed_equals_uninterrupted_across_a_trigger():
         assert drop(whole[2].history) == drop(resumed[2].history)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_offload_changes_no_bit(device):
+    results = []
+    for offload in (False, True):
+        net = awkward_net().to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        effopd = EffOPD(net, lambda m: m["mlp"].weight.sum().item(), scope="all", offload=offload)
+        for t in range(1, 10):
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(device)
+            optimizer.step()
+            effopd.step(t)
+            if t == 5:                                        # through a checkpoint as well
+                effopd.load_state_dict(effopd.state_dict())
+        results.append((net, effopd))
+    (whole, kept_there), (net, effopd) = results
+    assert any(record["accepted"] for record in effopd.history)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters()))
+    for a, b in zip(kept_there.history, effopd.history, strict=True):
+        assert (a["scores"], a["multiple"]) == (b["scores"], b["multiple"])
+    weights = {p.data_ptr() for p in net.parameters()}
+    for kept in (*effopd.previous, *effopd.delta):
+        assert kept.device.type == "cpu" and kept.data_ptr() not in weights
+
+
+class Bytes(TorchDispatchMode):
+    """How much lies on a make-believe device "far": FakeTensorMode has shapes and devices, not numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def held(self):
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0                                        # all that is ever read
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "far":
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
+        self.peak = max(self.peak, self.held())
+        return result
+
+
+def measure_memory(_, folder):
+    _setup_privateuseone_for_python_backend("far")
+    sizes = []
+    for offload in (False, True):
+        with FakeTensorMode(), Bytes() as memory:
+            net = nn.ModuleDict({f"mlp{i}": nn.Linear(10, 10, bias=False, device="far") for i in range(9)})
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            before = memory.held()
+            effopd = EffOPD(net, lambda m: 0.0, offload=offload)
+            effopd.step(1)
+            after, memory.peak = memory.held(), 0
+            effopd.step(2)
+            sizes.append([round((size - before) / 400, 1) for size in (after, memory.peak)])
+    with open(f"{folder}/sizes", "w") as f:
+        f.write(repr(sizes))
+
+
+def test_memory_on_the_device_is_what_the_docstring_says(tmp_path):
+    """Nine matrices: two copies kept, four in a search (and two for a candidate); offloaded none, and three matrices."""
+    torch.multiprocessing.spawn(measure_memory, (str(tmp_path),), nprocs=1)      # alone: a device is for ever
+    assert (tmp_path / "sizes").read_text() == "[[18.0, 38.0], [0.0, 3.0]]"
+
+
 def test_a_state_of_another_model_is_refused():
     state = EffOPD(awkward_net(), lambda m: 0.0, scope="mlp").state_dict()
     with pytest.raises(ValueError, match="scope"):
@@ -386,25 +463,3 @@ def test_wrong_options(settings, words):
 def test_a_model_with_nothing_in_scope():
     with pytest.raises(ValueError, match="scope='all'"):
         EffOPD(nn.Sequential(nn.Linear(2, 2)), lambda m: 0.0)
-
-
-def one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = Line(0.0)
-    # Alone, rank 0 would accept everything and rank 1 nothing; a third search breaks on rank 1 only.
-    scores = {0: lambda at: 2 * at, 1: lambda at: -at if at < 40 else math.nan}[rank]
-    effopd = EffOPD(model, Recorder(scores), num_candidates=2)
-    kept = []
-    for t in (1, 2, 4):
-        model.move_to(model.at + 2 ** t)
-        kept.append((effopd.step(t)["accepted"], model.at))
-    with open(f"{folder}/{rank}", "w") as f:
-        f.write(repr(kept))
-    dist.destroy_process_group()
-
-
-def test_two_processes_decide_alike(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    kept = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
-    # mean score: at / 2, so all is accepted until 40, from where one rank's score is not a number
-    assert kept[0] == kept[1] == "[(2, 10.0), (2, 30.0), (0, 46.0)]"

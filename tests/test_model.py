@@ -96,26 +96,27 @@ def test_a_real_checkpoint_is_the_same_in_transformers():
 
 
 def test_what_came_with_a_checkpoint_is_saved_with_it(tmp_path):
+    source, saved = tmp_path / "theirs", tmp_path / "ours"
     theirs = AutoModelForCausalLM.from_config(tiny().config.to_hf(), dtype=torch.bfloat16)
     theirs.config.update(dict(bos_token_id=1, pad_token_id=3, eos_token_id=[2, 4]))
     theirs.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=[2, 4], pad_token_id=3)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(source)
     words = {w: i for i, w in enumerate("<unk> <s> </s> <pad> one two three four".split())}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="</s>",
-                            pad_token="<pad>", chat_template="{{ messages[0]['content'] }}").save_pretrained(tmp_path / "theirs")
+                            pad_token="<pad>", chat_template="{{ messages[0]['content'] }}").save_pretrained(source)
 
-    GPT.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16).save_pretrained(tmp_path / "ours")
-    again, config = AutoTokenizer.from_pretrained(tmp_path / "ours"), json.loads((tmp_path / "ours/config.json").read_text())
+    GPT.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(saved)
+    again, config = AutoTokenizer.from_pretrained(saved), json.loads((saved / "config.json").read_text())
     assert again.get_vocab() == words and again.pad_token_id == 3 and again.eos_token_id == 2
     assert again.apply_chat_template([{"role": "user", "content": "two"}], tokenize=False) == "two"
-    assert config == json.loads((tmp_path / "theirs/config.json").read_text())
+    assert config == json.loads((source / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["bos_token_id"] == 1 and config["eos_token_id"] == [2, 4]
-    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), torch.tensor([[4, 5, 6]])
+    model, ids = AutoModelForCausalLM.from_pretrained(saved), torch.tensor([[4, 5, 6]])
     assert model.dtype == torch.bfloat16 and model.generation_config.max_new_tokens == 5
     assert torch.equal(model.generate(ids, do_sample=False), theirs.generate(ids, do_sample=False))
 
-    GPT.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "ours")        # in place; float32 this time
-    assert GPT.from_pretrained(tmp_path / "ours").hf_config.dtype == torch.float32
+    GPT.from_pretrained(saved).save_pretrained(saved)        # in place; float32 this time
+    assert GPT.from_pretrained(saved).hf_config.dtype == torch.float32
 
 
 @pytest.mark.parametrize("change, words", [
@@ -240,6 +241,17 @@ def test_rows_that_end_leave_the_others_alone():
     assert torch.equal(rollout.mask, mask)
     assert torch.equal(rollout.tokens, free.tokens[:, :R] * mask)
     torch.testing.assert_close(rollout.log_probs, free.log_probs[:, :R] * mask, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama-grouped-untied", "qwen3"])
+def test_compiled_decoding_is_the_same(family):
+    model = tiny(**FAMILIES[family])
+    plain, compiled = [[model.generate(prompts, 20, generator=torch.Generator().manual_seed(0), eos_token_id=4,
+                                       compile=compile) for prompts in (PROMPTS, PROMPTS[::-1], [[1, 2]] * 3)]
+                       for compile in (False, "eager")]
+    for one, other in zip(plain, compiled):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask)
+        torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=0)
 
 
 def test_generation_stops_when_all_rows_ended():

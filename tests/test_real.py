@@ -111,7 +111,7 @@ def test_sft_on_a_file_learns_the_files_answers(home, tmp_path):
 def test_defaults_for_a_gpu_of_24_gb_come_with_data(home):
     config = parse_config(["--method", "effopd", "--student", str(home / "student"), "--teacher", str(home / "teacher"),
                            "--data", str(home / "problems.jsonl"), "--lr", "3e-6"])
-    assert (config.batch_size, config.micro_batch_size, config.offload, config.lr) == (64, 8, True, 3e-6)
+    assert (config.batch_size, config.micro_batch_size, config.offload, config.lr) == (64, 4, True, 3e-6)
     parse_config(["--method", "opd", "--student", str(home / "student"), "--teacher", str(home / "teacher"),
                   "--data", str(home / "problems.jsonl")])    # offload is no setting of opd, and was not asked for
 
@@ -271,6 +271,7 @@ GOOD = '{"question": "1 + 1", "answer": "2"}\n'
     ("{}", "line 1 has no field 'question' but none"),
     ('{"question": 3, "answer": "2"}', "line 1: 'question' is not a text"),
     ('{"question": " ", "answer": "2"}', "line 1: 'question' is not a text"),
+    ('{"question": "\\ud800", "answer": "2"}', "line 1: 'question' is not a text"),
     ('{"question": "1 + 1", "answer": [2]}', "line 1: 'answer' is not a text or a number"),
     ('{"question": "1 + 1", "answer": true}', "line 1: 'answer' is not a text or a number"),
     ('{"question": "1 + 1", "answer": "### nobody knows ####"}', "line 1: no answer can be read"),

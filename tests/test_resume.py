@@ -145,14 +145,14 @@ def test_other_methods_resume_too(settings, home, tmp_path):
     start_or_resume(tmp_path / "whole", home, settings)
 
     def dies_at(step, directory):
-        real = train.save_state
+        real = train.Training.save
 
-        def save(out_dir, config, run, *rest):
-            real(out_dir, config, run, *rest)
-            if run["step"] == step:
+        def save(self, states):
+            real(self, states)
+            if self.record["step"] == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train.save_state = save
+        train.Training.save = save
         start_or_resume(directory, home, settings)
 
     for step in (3, 6):
@@ -247,7 +247,7 @@ def test_two_signals_stop_at_once_and_lose_at_most_the_step(moment, lines, home,
     logged = len((tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert logged == step - 1 and (lines is None or logged == lines)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["run"]["step"] == step - 1
+    assert state["record"]["step"] == step - 1
     main(["--resume", str(tmp_path / "run")])
     same(tmp_path / "run", home / "whole")
 
@@ -341,16 +341,16 @@ def damage(path, how):
 
 @pytest.fixture(scope="module")
 def stopped(home):
-    """A run that was killed after step 10 of 18."""
+    """A run that was killed after step 12 of 18."""
     def dies():
-        real = train.save_state
+        real = train.Training.save
 
-        def save(out_dir, config, run, *rest):
-            real(out_dir, config, run, *rest)
-            if run["step"] == 12:
+        def save(self, states):
+            real(self, states)
+            if self.record["step"] == 12:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train.save_state = save
+        train.Training.save = save
         main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=home / "stopped")))
 
     assert status_of(child(dies)) == -signal.SIGKILL
@@ -407,7 +407,7 @@ def test_a_state_with_code_in_it_is_not_run(stopped, tmp_path, capsys):
 
     run = copy_of(stopped, tmp_path / "run")
     for name in ("state.pt", "state_previous.pt"):
-        torch.save(dict(run=Bomb(), student={}, optimizer={}, effopd={}, random={}), run / name)
+        torch.save(dict(record=Bomb(), student={}, optimizer={}, effopd={}, random={}), run / name)
     with pytest.raises(SystemExit):
         main(["--resume", str(run)])
     assert not (tmp_path / "boom").exists()

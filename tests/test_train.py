@@ -356,7 +356,7 @@ def test_settings_reach_the_search(toy, tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(train, "EffOPD", lambda model, score, **settings: given.update(settings) or sys.exit())
     settings = dict(accept="ge", candidates="doubling", num_candidates=3, scope="all", first_trigger=4, seed=11,
-                    utility_gate=True, alignment_gate=0.5)
+                    direction="top", utility_gate=True, alignment_gate=0.5)
     own = dataclasses.replace(config, method="effopd", search_every=7, reset_moments=True, **settings)
     with pytest.raises(SystemExit):
         distil(own, task, student, teacher, tmp_path / "run")
