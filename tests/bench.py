@@ -95,7 +95,8 @@ def models_of(args):
     yield "built-in, 0.3 M", built_in(args.device).to(low), chains, *sizes[0]
     if args.model:
         from transformers import AutoTokenizer
-        model, tokenizer = GPT.from_pretrained(args.model, low).to(args.device), AutoTokenizer.from_pretrained(args.model)
+        model = GPT.from_pretrained(args.model, low).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
         batch = 64 if args.device != "cpu" else sizes[1][0]
         texts = [f"A train leaves at {i % 9 + 1} and goes {i % 7 + 2}0 miles an hour. How far is it at noon?"
                  for i in range(batch)]
@@ -202,7 +203,8 @@ def character_tokenizer():
 def search(args):
     """Seconds of the searches over seconds of a run at the defaults (evaluation aside), a run for each repeat."""
     toy = dict(steps=2, batch_size=4, eval_size=4, dv_size=2, base_steps=2, teacher_steps=2) if args.toy else {}
-    rows, scores = [], [("accuracy", "linear", 5, .15), ("batch_kl", "doubling", 8, .20 if args.device == "cpu" else .05)]
+    rows, goal_kl = [], .20 if args.device == "cpu" else .05
+    scores = [("accuracy", "linear", 5, .15), ("batch_kl", "doubling", 8, goal_kl)]
     runs = {score: [] for score, *_ in scores}
     with tempfile.TemporaryDirectory() as directory:
         for seed in range(args.repeats):
@@ -357,7 +359,7 @@ def default(args):
 # How cost grows, and the two bounds that explain it: arithmetic / (peak of a matrix product), bytes / bandwidth.
 
 def scaling(args):
-    """Tokens a second against batch and context, a step's seconds against the model's size; scaling.png beside --out."""
+    """Tokens a second against batch and context, a step against the model's size; scaling.png beside --out."""
     sizes = {"0.3 M": (17, {}), "2 M": (17, dict(hidden_size=192, intermediate_size=512, num_hidden_layers=5)),
              "11 M": (17, dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6)),
              "38 M": (17, dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12)),
@@ -370,7 +372,7 @@ def scaling(args):
         speed = bandwidth(4 * P, args.device)                 # of the cache, where the weights fit into it
 
         def decoding(batch, context):
-            """Operations and bytes of one new token for each row: products with weights, scores and values; the cache."""
+            """Operations and bytes of one new token for each row."""
             return (batch * (2 * P + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context),
                     4 * (P + batch * context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim))
 
@@ -398,7 +400,7 @@ def scaling(args):
 
         seconds = median([seconds_of(one_step, args.device) for _ in range(args.repeats + 1)][1:])
         each, rows = [decoding(batch, 12 + n) for n in range(new)], batch * (12 + new)
-        add("step", batch, 12 + new, seconds, sum(o for o, _ in each) + (2 + 6) * P * rows,    # the teacher's pass, 3 of ours
+        add("step", batch, 12 + new, seconds, sum(o for o, _ in each) + (2 + 6) * P * rows,  # teacher: 1 pass, we: 3
             sum(b for _, b in each) + 4 * P * (1 + 3 + 7))    # AdamW reads 4 numbers a weight and writes 3
         print(f"{name}: a step of {batch} x {new} tokens {seconds:.2f} s", file=sys.stderr)
     draw_scaling(points, peak, Path(args.out).with_name("scaling.png"))
@@ -443,7 +445,7 @@ def draw_scaling(points, peak, path):
             own = [p for p in rows if kind == "step" or p["model"] == model]
             for what, style in (("seconds", "o-"), ("arithmetic", "--"), ("bandwidth", ":")):
                 axis.plot([p[x] for p in own], [p[what] if kind == "step" else p["batch"] / p[what] for p in own], style,
-                          color=f"C{i}", label=model if what == "seconds" and kind == "batch" else None)
+                          color=f"C{i}", label=model if (what, kind) == ("seconds", "batch") else None)
         axis.set(xscale="log", yscale="log", ylabel="seconds a step" if kind == "step" else "sampled tokens a second",
                  xlabel={"batch": "batch, context 64", "context": "context, batch 8 (0.3 M) or 1 (135 M)",
                          "step": f"parameters, {rows[0]['batch']} answers of {rows[0]['context'] - 12} tokens"}[kind])
@@ -464,16 +466,18 @@ def show(rows, head):
     print(f"\n{head}\n\n{'':58}{'ours':>10}{'theirs':>10}  {'':9}{'ratio':>7}  {'range':15}{'n':>3}  goal")
     for part, r in rows:
         print(f"{part + ': ' + r['what']:58}{r['ours']:10.4g}{r['theirs']:10.4g}  {r['unit']:9}{r['ratio']:7.2f}  "
-              f"{r['low']:.2f} to {r['high']:<8.2f}{r['n']:3}  {r['goal']}" + (f"\n    {r['note']}" if r["note"] else ""))
+              f"{r['low']:.2f} to {r['high']:<8.2f}{r['n']:3}  {r['goal']}")
+        if r["note"]:
+            print("    " + r["note"])
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="python tests/bench.py [--only PARTS]")
     parser.add_argument("--only", default="rollout,step,search,loss,svd", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--model", default="", help="a Hugging Face checkpoint's directory, beside the built-in student")
+    parser.add_argument("--model", default="", help="a Hugging Face checkpoint, beside the built-in student")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's seconds of all cores, "
-                        "for a machine that others use too; set OMP_NUM_THREADS=1 with it (not for search and default)")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own "
+                        "seconds, for a machine that others use too, with OMP_NUM_THREADS=1; not search and default")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements, after one to warm up")
     parser.add_argument("--positions", type=int, default=4096, help="of the loss")
     parser.add_argument("--cache_dir", default="cache", help="train.py's, with base and teacher for the searches")
