@@ -339,7 +339,7 @@ def default(args):
     with tempfile.TemporaryDirectory() as directory:
         originals = [clocked(*which) for which in [
             (train, "make_base_and_teacher", "base and teacher"), (train, "evaluate", "evaluation"),
-            (train, "backward", "OPD steps"), (EffOPD, "step", "searches"), (train, "save_state", "files"),
+            (train, "backward", "OPD steps"), (EffOPD, "step", "searches"), (train.Training, "save", "files"),
             (train, "save_checkpoint", "files"), (train, "draw_race", "picture")]]
         start = time.perf_counter()
         try:
@@ -444,8 +444,8 @@ def draw_scaling(points, peak, path):
         for i, model in enumerate(["all"] if kind == "step" else dict.fromkeys(p["model"] for p in rows)):
             own = [p for p in rows if kind == "step" or p["model"] == model]
             for what, style in (("seconds", "o-"), ("arithmetic", "--"), ("bandwidth", ":")):
-                axis.plot([p[x] for p in own], [p[what] if kind == "step" else p["batch"] / p[what] for p in own], style,
-                          color=f"C{i}", label=model if (what, kind) == ("seconds", "batch") else None)
+                y = [p[what] if kind == "step" else p["batch"] / p[what] for p in own]
+                axis.plot([p[x] for p in own], y, style, color=f"C{i}", label=model if (what, kind) == ("seconds", "batch") else None)
         axis.set(xscale="log", yscale="log", ylabel="seconds a step" if kind == "step" else "sampled tokens a second",
                  xlabel={"batch": "batch, context 64", "context": "context, batch 8 (0.3 M) or 1 (135 M)",
                          "step": f"parameters, {rows[0]['batch']} answers of {rows[0]['context'] - 12} tokens"}[kind])
