@@ -409,8 +409,9 @@ def scaling(args):
 
 def peak_arithmetic(device) -> float:
     """Operations a second of a large matrix product."""
-    a = torch.randn(2048, 2048, device=device)
-    return 2 * 2048 ** 3 / min(seconds_of(lambda: a @ a, device) for _ in range(6))
+    n = 1024 if device == "cpu" else 8192
+    a = torch.randn(n, n, device=device)
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ a, device) for _ in range(6))
 
 
 def bandwidth(size, device) -> float:
@@ -445,7 +446,8 @@ def draw_scaling(points, peak, path):
             own = [p for p in rows if kind == "step" or p["model"] == model]
             for what, style in (("seconds", "o-"), ("arithmetic", "--"), ("bandwidth", ":")):
                 y = [p[what] if kind == "step" else p["batch"] / p[what] for p in own]
-                axis.plot([p[x] for p in own], y, style, color=f"C{i}", label=model if (what, kind) == ("seconds", "batch") else None)
+                axis.plot([p[x] for p in own], y, style, color=f"C{i}",
+                          label=model if (what, kind) == ("seconds", "batch") else None)
         axis.set(xscale="log", yscale="log", ylabel="seconds a step" if kind == "step" else "sampled tokens a second",
                  xlabel={"batch": "batch, context 64", "context": "context, batch 8 (0.3 M) or 1 (135 M)",
                          "step": f"parameters, {rows[0]['batch']} answers of {rows[0]['context'] - 12} tokens"}[kind])

@@ -12,7 +12,7 @@ import bench
 
 def test_every_part_runs(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    arguments = ["--toy", "--repeats", "2", "--out", str(out), "--cache_dir", str(tmp_path / "cache")]
+    arguments = ["--toy", "--repeats", "1", "--out", str(out), "--cache_dir", str(tmp_path / "cache")]
     rows = bench.main(["--only", "rollout,step,search,svd", *arguments])
     printed = capsys.readouterr().out
     assert [part for part, _ in rows] == ["rollout", "step", "search", "search", "svd", "svd"]
