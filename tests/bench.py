@@ -382,7 +382,7 @@ def scaling(args):
 
         if name in ("0.3 M", "135 M"):
             new, few = (24, 8) if name == "0.3 M" else (8, 1)
-            for batch in (1, 2) if args.toy else [2 ** i for i in range(10)]:
+            for batch in (1, 2) if args.toy else [2 ** i for i in range(10 if name == "0.3 M" else 8)]:
                 add("batch", batch, 64, decoding_seconds(model, batch, 64, new), *decoding(batch, 64))
             for context in (8, 16) if args.toy else (64, 128, 256, 512, 1024, 2048):
                 add("context", few, context, decoding_seconds(model, few, context, new), *decoding(few, context))
