@@ -329,9 +329,9 @@ def default(args):
         original = getattr(owner, name)
 
         def timed(*positional, **named):
-            start = time.perf_counter()
+            start = clock()
             result = original(*positional, **named)
-            spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
+            spent[label] = spent.get(label, 0.0) + clock() - start
             return result
         setattr(owner, name, timed)
         return owner, name, original
@@ -341,7 +341,7 @@ def default(args):
             (train, "make_base_and_teacher", "base and teacher"), (train, "evaluate", "evaluation"),
             (train, "backward", "OPD steps"), (EffOPD, "step", "searches"), (train.Training, "save", "files"),
             (train, "save_checkpoint", "files"), (train, "draw_race", "picture")]]
-        start = time.perf_counter()
+        start = clock()
         try:
             toy = "--steps 2 --batch_size 4 --eval_size 4 --base_steps 2 --teacher_steps 2".split()
             train.main(["--out_dir", f"{directory}/run", "--cache_dir", f"{directory}/cache", "--device", args.device,
@@ -349,7 +349,7 @@ def default(args):
         finally:
             for owner, name, original in originals:
                 setattr(owner, name, original)
-        total = time.perf_counter() - start
+        total = clock() - start
     spent["rest"] = total - sum(spent.values())
     profile = ", ".join(f"{label} {s:.0f} s" for label, s in sorted(spent.items(), key=lambda item: -item[1]))
     return [row("the default job, cold cache", "<= 300 s", [total], [300.0], "s", [300 / total], profile)]
@@ -479,7 +479,7 @@ def main(arguments=None):
     parser.add_argument("--model", default="", help="a Hugging Face checkpoint, beside the built-in student")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own "
-                        "seconds, for a machine that others use too, with OMP_NUM_THREADS=1; not search and default")
+                        "seconds, for a machine that others use too, with OMP_NUM_THREADS=1; not for search")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements, after one to warm up")
     parser.add_argument("--positions", type=int, default=4096, help="of the loss")
     parser.add_argument("--cache_dir", default="cache", help="train.py's, with base and teacher for the searches")
