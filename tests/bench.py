@@ -22,11 +22,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-os.environ.setdefault("TQDM_DISABLE", "1")
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")                # no bars; read when train imports tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train                                                  # before torch: it sets how OpenMP's threads wait
@@ -281,7 +283,8 @@ def memory_now(device, peak=False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     if not peak:
-        Path("/proc/self/clear_refs").write_text("5")         # forget the peak so far
+        with suppress(OSError):                               # not allowed in some containers
+            Path("/proc/self/clear_refs").write_text("5")     # forget the peak so far
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
 
@@ -498,7 +501,7 @@ def main(arguments=None):
     for part in args.only.split(","):
         try:
             found = PARTS[part](args)
-        except ValueError as error:
+        except (ValueError, OSError) as error:                # OSError: no /proc to read the memory from, for one
             sys.exit(f"bench.py: {error}")
         results[part] = dict(machine=machine, rows=found)
         rows += [(part, r) for r in found if part != "scaling"]
