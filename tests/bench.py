@@ -457,7 +457,7 @@ def draw_scaling(points, peak, path):
         axis.grid(alpha=0.3)
     axes[0].plot([], [], "k--", label=f"arithmetic, {peak / 1e9:.0f} GFlop/s")
     axes[0].plot([], [], "k:", label="bandwidth")
-    axes[0].legend()
+    figure.legend(loc="outside right upper")
     figure.suptitle("How cost grows (dots), and the least that arithmetic and bandwidth allow")
     figure.savefig(path, dpi=120)
 
