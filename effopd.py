@@ -540,15 +540,25 @@ def spectral_metrics(delta) -> dict:
     """
     if delta.ndim not in (1, 2) or delta.numel() == 0 or not delta.isfinite().all():
         raise ValueError(f"need a matrix or its singular values, all finite, got shape {tuple(delta.shape)}")
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
-    sigma = torch.linalg.svdvals(delta) if delta.ndim == 2 else delta
-    sigma = sigma.double().sort(descending=True).values                          # (r,)
+    sigma = singular_values(delta) if delta.ndim == 2 else delta.double().sort(descending=True).values         # (r,)
     if sigma[0] == 0:
         return dict.fromkeys(("spectral_norm", "spectral_ratio", "effective_rank", "stable_rank", "top1_ratio"), 0.0)
     norm, top = sigma.norm(), sigma[:math.ceil(len(sigma) / 100)]
     return {"spectral_norm": sigma[0].item(), "spectral_ratio": (sigma[0] / norm).item(),
             "effective_rank": torch.special.entr(sigma / sigma.sum()).sum().exp().item(),
             "stable_rank": (norm / sigma[0]).square().item(), "top1_ratio": (top.norm() / norm).item()}
+
+
+def singular_values(delta):
+    """Singular values (r,) of a matrix (m, n), the largest first, in float64: from the smaller of its Gram matrices.
+
+    Takes less than half of an SVD's time. Squaring costs half of the digits, so what is below 4e-8 of σ1 is
+    rounding and comes out as 0; a float32 SVD has nothing right below 1e-7.
+    """
+    delta = delta.double() if delta.shape[0] <= delta.shape[1] else delta.double().T
+    squares = torch.linalg.eigvalsh(delta @ delta.T).flip(0)                     # (r,): σ²
+    rounding = 8 * torch.finfo(squares.dtype).eps * squares[0]
+    return squares.where(squares > rounding, 0.0).sqrt()
 
 
 def subspace_alignment(delta_a, delta_b, k, side="left") -> float:

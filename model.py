@@ -357,7 +357,9 @@ class GPT(nn.Module):
                     if left == 0:
                         break
                     if left <= len(rows) // 2 and not compile:      # the ended rows leave the batch
-                        caches = [(k[alive], v[alive]) for k, v in caches]
+                        known = None
+                        for i, (k, v) in enumerate(caches):             # one at a time: no second copy of all
+                            caches[i] = k[alive], v[alive]
                         rows, token, padding, alive = rows[alive], token[alive], padding[alive], alive[alive]
                 ids, positions = token[:, None], n - padding                               # (b, 1)
                 seen = columns if compile else columns[:n + 1]

@@ -26,6 +26,7 @@ Departures from arXiv:2605.11739, beside those of effopd.py:
 
 import argparse
 import copy
+import gc
 import hashlib
 import itertools
 import json
@@ -129,8 +130,10 @@ class Real:
     max_new_tokens: int = setting(384, "tokens of an answer at most")
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
         "auto", "mixed: bfloat16 arithmetic, the student's weights and optimiser in float32; bfloat16: the student's "
-        "weights too, so small updates round away; the teacher is bfloat16 in both. auto: mixed for --data on a "
-        "GPU, else float32")
+        "weights too, so small updates round away for good; the teacher is bfloat16 in both. auto: mixed for --data on "
+        "a GPU, else float32")
+    compile: bool = setting(False, "decode through torch.compile, with static shapes (CUDA graphs on a GPU); the first "
+                            "rollout takes minutes")
     micro_batch_size: int = setting(0, "rows of a training step's forward and backward pass at once; same gradient "
                                     "(0: all)")
     rollout_batch_size: int = setting(500, "answers sampled at once")
@@ -186,7 +189,7 @@ class Sweep:
         "out_dir, empty: runs/sweep")
     target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
                             "seed by seed; .8 if it has none)")
-    jobs: int = setting(0, "runs at a time (0: two; one on a GPU or a single core)")
+    jobs: int = setting(0, "runs at a time (0: two, or one on a single core or a GPU)")
 
 
 @dataclass
@@ -278,6 +281,11 @@ OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that onl
     "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
 
 
+def has_use(method: str, name: str, data) -> bool:
+    """Whether a method has a use for a setting. D_v is split off a file's problems, so its size is everybody's."""
+    return method in OWNERS.get(name, (method,)) or bool(data) and name == "dv_size"
+
+
 def parse_config(args=None) -> Config:
     first = HfArgumentParser(GROUPS, add_help=False, allow_abbrev=False)
     parser = HfArgumentParser(GROUPS, description=__doc__.split("\n\n")[0], allow_abbrev=False,
@@ -299,7 +307,7 @@ def parse_config(args=None) -> Config:
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
-        if method not in OWNERS.get(name, (method,)) and not (name == "dv_size" and config["data"]):       # a split
+        if not has_use(method, name, config["data"]):
             stop(f"--{name} is a setting of --method {OWNERS[name][-1]}; --method {method} has no use for it")
         if name in elsewhere:
             stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
@@ -319,11 +327,18 @@ def resumed(directory: str, args) -> Config:
         stop(f"--resume: there is no {path}, so nothing can go on there")
     try:
         saved = json.loads(path.read_text())
-        return Config(**{name: value for name, value in saved.items() if name != "versions"} |
-                      dict(out_dir=directory, resume=directory))
+        saved = {name: value for name, value in saved.items() if name != "versions"}
+        kinds = {f.name: type(f.default) for f in fields(Config)}
+        wrong = [name for name, value in saved.items() if type(value) is not kinds.get(name)]
+        if wrong:
+            raise TypeError(f"cannot read {', '.join(wrong)}")
     except (ValueError, TypeError, AttributeError) as error:
         stop(f"{path} is damaged or of another version ({first_line(error)}); a new run can start from its weights "
              f"with --student {last_checkpoint(path.parent)}")
+    try:
+        return Config(**saved | dict(out_dir=directory, resume=directory))
+    except ValueError as error:                               # the settings are well, but not here and now
+        stop(f"{path}: {error}")
 
 
 def stop(message):
@@ -338,14 +353,14 @@ def stop(message):
 class Chains:
     """Chains of arithmetic modulo 10 or 100, worked out from left to right."""
 
-    def __init__(self, num_ops: int, digits: int, rollout_batch_size: int = 500):
+    def __init__(self, num_ops: int, digits: int, rollout_batch_size: int = 500, compile: bool = False):
         self.num_ops, self.modulus = num_ops, 10 ** digits
         ranks = {c.encode(): i for i, c in enumerate("0123456789+-*=;#")}
         self.encoding = tiktoken.Encoding("chains", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                           special_tokens={"<end>": len(ranks)})
         self.end = len(ranks)
         self.vocab_size = self.encoding.n_vocab
-        self.rollout_batch_size = rollout_batch_size
+        self.rollout_batch_size, self.compile = rollout_batch_size, compile
         self.max_prompt = (num_ops + 1) * (digits + 1)
         self.max_response = num_ops * (3 * digits + 3) + digits + 2           # a=b... steps, #answer, <end>
 
@@ -408,12 +423,16 @@ class WordProblems:
     def __init__(self, config: Config, tokenizer, end: list[int], context: int):
         self.config, self.tokenizer, self.end = config, tokenizer, end
         self.max_response, self.rollout_batch_size = config.max_new_tokens, config.rollout_batch_size
+        self.compile = config.compile
         self.solutions, self.gold, self.prompts = {}, {}, {}   # by problem: text, parsed answer, token ids
         if not (config.no_chat_template or tokenizer.chat_template):
             raise ValueError("the student's tokenizer has no chat template; --no_chat_template asks without one")
         if config.system and config.no_chat_template:
             raise ValueError("--system is part of the chat template that --no_chat_template turns off")
-        for where, problem, solution in read_jsonl(config.data, config.prompt_field, config.answer_field):
+        lines = read_jsonl(config.data, config.prompt_field, config.answer_field)
+        for where, problem, solution in tqdm(lines, desc="problems", delay=2, dynamic_ncols=True):
+            if solution != self.solutions.get(problem, solution):
+                raise ValueError(f"{where}: the same problem as in a line before, with another answer")
             self.gold[problem] = parse_answer(solution, gold=True)
             if not self.gold[problem]:
                 raise ValueError(f"{where}: no answer can be read from {solution[-60:]!r}")
@@ -430,9 +449,13 @@ class WordProblems:
         if self.config.no_chat_template:
             return self.tokenizer(problem).input_ids
         chat = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        return self.tokenizer.apply_chat_template(
-            chat + [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True, return_dict=False,
-            enable_thinking=self.config.thinking)             # templates that do not know the word ignore it
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat + [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True,
+                return_dict=False, enable_thinking=self.config.thinking)       # which other templates ignore
+        except Exception as error:                            # a template can raise anything
+            raise ValueError(f"the student's chat template fails: {first_line(error)}; --no_chat_template does without"
+                             + " it, no --system perhaps as well" * bool(self.config.system)) from None
 
     def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
         """n different problems, none of them in exclude."""
@@ -488,8 +511,12 @@ def read_jsonl(path: str, prompt_field: str, answer_field: str):
                 if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
                         text != str(row[name])):
                     raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
-            empty = False
-            yield where, row[prompt_field], str(row[answer_field])
+            empty, answer = False, row[answer_field]
+            if isinstance(answer, float):
+                if not math.isfinite(answer):
+                    raise ValueError(f"{where}: {answer_field!r} is {answer}")
+                answer = np.format_float_positional(answer, trim="-")          # 1e-7 would be read as 1 * e - 7
+            yield where, row[prompt_field], str(answer)
     if empty:
         raise ValueError(f"{path} is empty")
 
@@ -498,9 +525,11 @@ def parse_answer(text: str, gold=False) -> list:
     """What math-verify reads as the answer: after GSM8K's ####, in a \\boxed{}, or the last expression of the text."""
     from math_verify import parse
     if "####" in text:
-        text = text.rpartition("####")[2].strip()
-    if gold and "boxed" not in text:
-        text = f"\\boxed{{{text.strip().strip('$')}}}"
+        text = text.rpartition("####")[2]
+    text = text.replace("\\$", "").strip()                    # dollars
+    number = re.fullmatch(r"[-+$]*[\d,]*\.?\d+(\s+[A-Za-z. ]+)?", text)       # perhaps with a unit
+    if gold and not number and "boxed" not in text:
+        text = f"\\boxed{{{text.strip('$')}}}"
     return parse(text)
 
 
@@ -565,7 +594,7 @@ def load(config: Config):
     if config.data:
         task, student, teacher = load_real(config)
     else:
-        task = Chains(config.num_ops, config.digits, config.rollout_batch_size)
+        task = Chains(config.num_ops, config.digits, config.rollout_batch_size, config.compile)
         student, teacher = load_models(config, task)
     student.gradient_checkpointing = config.gradient_checkpointing
     student.precision = torch.bfloat16 if config.dtype == "mixed" else None
@@ -619,14 +648,14 @@ def load_real(config: Config):
     student = GPT.from_pretrained(config.student, dtype_of(config, "student")).to(config.device)
     tokenizer, end = tokenizer_of(student)
     teacher, both_end = None, end
+    student.tokens_in_use = max(tokenizer.get_vocab().values()) + 1          # the head's other rows are padding
     if config.teacher:
         teacher = GPT.from_pretrained(config.teacher, dtype_of(config, "teacher")).to(config.device)
         teacher.requires_grad_(False)
         teacher_tokenizer, teacher_end = tokenizer_of(teacher)
         both_end = end + [token for token in teacher_end if token not in end]
         same_vocabulary(tokenizer, teacher_tokenizer)
-        # Heads have padding rows that no token uses, and more of them in one model than in the other.
-        student.tokens_in_use = teacher.tokens_in_use = min(len(student.lm_head.weight), len(teacher.lm_head.weight))
+        teacher.tokens_in_use = student.tokens_in_use
     context = min(model.config.max_position_embeddings for model in (student, teacher or student))
     task = WordProblems(config, tokenizer, both_end, context)
     lengths = sorted(map(len, task.prompts.values()))
@@ -651,12 +680,15 @@ def tokenizer_of(model):
         tokenizer = AutoTokenizer.from_pretrained(model.source)
     except Exception as error:                                # a broken file can raise anything
         raise ValueError(f"{model.source} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
-    if len(tokenizer) > len(model.lm_head.weight):
+    if max(tokenizer.get_vocab().values()) >= len(model.lm_head.weight):
         raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model only "
                          f"{len(model.lm_head.weight)}")
-    ends = [model.config.eos_token_id, tokenizer.eos_token_id]
+    ends = [tokenizer.eos_token_id, model.config.eos_token_id]                   # the first ends what sft teaches
     if (model.source / "generation_config.json").is_file():
-        ends.insert(0, GenerationConfig.from_pretrained(model.source).eos_token_id)
+        try:
+            ends.append(GenerationConfig.from_pretrained(model.source).eos_token_id)
+        except Exception as error:
+            raise ValueError(f"{model.source}/generation_config.json cannot be read: {first_line(error)}") from None
     flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
     if not flat:
         raise ValueError(f"{model.source} names no end token, so an answer would never end")
@@ -682,8 +714,8 @@ def canary(config, task, teacher):
     prompts = [task.encode(p) for p in problems]
     rollout = teacher.generate(prompts, min(32, task.max_response), temperature=0, eos_token_id=task.end)
     batch = pack(prompts, trim(rollout), teacher.device)
-    log_p = teacher(batch.ids[:, :-1]).float().log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-    mean, uniform = log_p[batch.mask].mean().item(), -math.log(teacher.tokens_in_use)
+    log_p = log_prob_of(teacher, states(teacher, batch), batch.ids[:, 1:][batch.mask])     # (N,)
+    mean, uniform = log_p.mean().item(), -math.log(teacher.tokens_in_use)
     print(f"Teacher     mean log-probability of its own greedy answers {mean:.2f} a token (of guessing: {uniform:.2f})")
     if not mean > uniform / 2:
         raise ValueError(f"--teacher {config.teacher}: its own greedy answers have a mean log-probability of "
@@ -698,7 +730,8 @@ def answer(model, task, problems, generator=None) -> list[list[int]]:
     answers = []
     for i in range(0, len(problems), task.rollout_batch_size):
         prompts = [task.encode(p) for p in problems[i:i + task.rollout_batch_size]]
-        answers += trim(model.generate(prompts, task.max_response, generator=generator, eos_token_id=task.end))
+        answers += trim(model.generate(prompts, task.max_response, generator=generator, eos_token_id=task.end,
+                                       compile=task.compile))
     return answers
 
 
@@ -769,8 +802,10 @@ def states(model, batch: Batch):
 
 def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
     """Σ of the reverse KL at N positions / num_tokens, from the hidden states of student (N, C) and teacher (N, C')."""
+    teacher_head = teacher.head
+
     def kl(logits, target):                                   # (n, V), (n, C')
-        teacher_logits, mask = F.linear(target, teacher.head), torch.ones(len(target), device=target.device)
+        teacher_logits, mask = F.linear(target, teacher_head), torch.ones(len(target), device=target.device)
         if top_k:
             return reverse_kl_top_k(logits, teacher_logits, mask, top_k, num_tokens)
         return reverse_kl(logits, teacher_logits, mask, num_tokens)
@@ -779,8 +814,9 @@ def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
 
 def log_prob_of(model, hidden, tokens):
     """log π of the tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
+    head = model.head
     with torch.no_grad():
-        return torch.cat([F.linear(h, model.head).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
+        return torch.cat([F.linear(h, head).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
                           for h, y in zip(hidden.split(1024), tokens.split(1024))])
 
 
@@ -880,8 +916,9 @@ class Training:
         with self.signals.may_interrupt():
             return self.score(model)
 
-    def start(self):
-        accuracy, answers = evaluate(self.student, self.task, self.held_out)
+    def start(self, evaluated=None):
+        """evaluated: what `evaluate` says of the student, if that is known."""
+        accuracy, answers = evaluated or evaluate(self.student, self.task, self.held_out)
         self.record["curve"].append(dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0))
         self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
         write_json(self.out_dir / "config.json", asdict(self.config) | {"versions": versions(self.config.device)})
@@ -893,15 +930,16 @@ class Training:
         start, problems = time.perf_counter(), next(self.batches)
         try:
             with self.signals.may_interrupt():
-                self.pending = backward(self.config, self.task, self.student, self.teacher, problems, self.generator)
+                taken = backward(self.config, self.task, self.student, self.teacher, problems, self.generator)
             self.optimizer.step()
         except FloatingPointError as error:
             if not self.config.skip_nonfinite:
                 raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
                                  f"{last_checkpoint(self.out_dir)}. Try a lower --lr, or --skip_nonfinite") from None
             self.record["skipped"] += 1
-            self.pending = None, None, dict(loss=None, kl=None, skipped=str(error))
-        self.pending[2]["seconds"] = self.record["seconds"] + time.perf_counter() - start
+            taken = None, None, dict(loss=None, kl=None, skipped=str(error))
+        taken[2]["seconds"] = self.record["seconds"] + time.perf_counter() - start
+        self.pending = taken                                  # from here on the step has been taken
 
     def search(self, step: int):
         batch, targets, line = self.pending
@@ -965,7 +1003,7 @@ class Training:
             self.pending = batch, targets, saved["line"]
         for _ in range(self.record["step"] + (self.pending is not None)):
             next(self.batches)                                # the data's order: draw once more what was used
-        tidy(self.out_dir, self.record)
+        tidy(self.out_dir, self.record, last=self.record["step"] + (self.pending is not None))
 
     def summary(self, label: str) -> dict:
         record, config = self.record, self.config
@@ -977,13 +1015,13 @@ class Training:
                     searches=searches, curve=record["curve"], examples=record["examples"])
 
 
-def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str) -> dict:
+def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str, evaluated=None) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
 
     Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
     """
     run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
-    run.start() if state is None else run.restore(state)
+    run.start(evaluated) if state is None else run.restore(state)
     done = run.record["step"]
     bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
                total=config.steps)
@@ -993,8 +1031,8 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
             try:
                 if run.pending is None:
                     run.take_step(step)
-                if doubling:                                  # before a jump
-                    save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
+                    if doubling:                              # before a jump
+                        save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
                 run.search(step)
                 if step % config.eval_every == 0 or step == config.steps:
                     run.evaluate()
@@ -1006,7 +1044,8 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                 run.save(random_states(run.generator))
             if run.signals.asked:
                 raise Interrupted(f"after step {step}", run.signals.asked)
-            bar.set_postfix(loss=f"{run.record['log'][-1]['loss'] or math.nan:.3f}",
+            loss = run.record["log"][-1]["loss"]
+            bar.set_postfix(loss="{:.3f}".format(math.nan if loss is None else loss),
                             accuracy=f"{run.record['curve'][-1]['accuracy']:.3f}")
     save_checkpoint(student, out_dir, "final", config.keep_last)
     write_json(out_dir / "summary.json", run.summary(label))
@@ -1100,8 +1139,8 @@ def load_state(out_dir) -> dict | None:
                          f"weights with --student {last_checkpoint(out_dir)}")
 
 
-def tidy(out_dir, record):
-    """Take back what was written after the state: log lines, checkpoints, files half written."""
+def tidy(out_dir, record, last: int):
+    """Take back what was written after the state: log lines, checkpoints of steps after `last`, files half written."""
     for name in ("log", "search"):
         lines = record["log" if name == "log" else "searches"]
         if not lines:
@@ -1111,7 +1150,7 @@ def tidy(out_dir, record):
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in sorted((out_dir / "checkpoints").iterdir()):
         number = path.name.removeprefix("step_")
-        if number.isdecimal() and int(number) > record["step"] or path.suffix == ".part":
+        if number.isdecimal() and int(number) > last or path.suffix == ".part":
             shutil.rmtree(path)
         else:
             try:
@@ -1125,16 +1164,18 @@ def tidy(out_dir, record):
 # ----------------------------------------------------------------------------------------------------------------
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
-def race(config: Config, task: Chains, student: GPT, teacher: GPT, out_dir: Path) -> dict:
+def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
     backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
     make_optimizer(config, rehearsal).step()
+    del rehearsal
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
     runs = {}
     for name, (directory, settings) in RACE.items():
         (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
-                            out_dir / directory, name)
+                            out_dir / directory, name, evaluated)
+        gc.collect()                                          # a run and its search refer to each other
     summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
@@ -1222,8 +1263,11 @@ def write_json(path: Path, value, indent=1):
 
 
 def append_json(path: Path, line: dict):
-    with open(path, "a") as f:
-        f.write(json.dumps(line) + "\n")
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {first_line(error)}") from None
 
 
 def save_checkpoint(model, out_dir: Path, name: str, keep_last: int = 0):
@@ -1273,7 +1317,7 @@ def check_space(config, model, out_dir):
     checkpoints = min(config.steps.bit_length(), config.keep_last or math.inf) + 3      # 0, final, one being written
     states = (3 if config.keep_last != 1 else 2) * (5 if config.method != "opd" else 3)  # weights, moments, W_prev, Δ
     needed = weights * (checkpoints + states) * (len(RACE) if config.method == "race" else 1)
-    free = shutil.disk_usage(out_dir).free
+    free = shutil.disk_usage(out_dir).free + sum(p.stat().st_size for p in out_dir.rglob("*") if p.is_file())
     if needed > free:
         raise ValueError(f"{out_dir} is on a disk with {free / 1e9:.1f} GB free, and the run can take "
                          f"{needed / 1e9:.1f} GB; choose another --out_dir, or keep fewer checkpoints "
@@ -1312,7 +1356,7 @@ def given(args=None) -> dict:
 
 def useful(run: dict) -> dict:
     """Without the settings that the run's method has no use for."""
-    return {name: value for name, value in run.items() if run["method"] in OWNERS.get(name, (run["method"],))}
+    return {name: value for name, value in run.items() if has_use(run["method"], name, "data" in run)}
 
 
 def name_of(run: dict) -> str:
@@ -1360,8 +1404,9 @@ def sweep(args) -> int:
     configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
     todo = [name for name in runs if name not in done["runs"]]
     out_dir.mkdir(parents=True, exist_ok=True)
-    for config in (configs[name] for name in todo if not configs[name].data):
-        load(config)                                          # base and teacher, before two runs both make them
+    for name in todo:                                         # base and teacher, before two runs both make them
+        if not configs[name].data:
+            load(configs[name])
 
     def finish(name):
         """Do one run, or the rest of it; the last line it complained with, if it failed."""
@@ -1522,12 +1567,13 @@ def main(args=None):
         out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
         task, student, teacher = load(config)
         check_space(config, student, out_dir)
-        problems = evaluation_problems(config, task)
+        problems, evaluated = evaluation_problems(config, task), None
         if not config.resume:
-            print(f"Accuracy on {len(problems)} held-out problems: student {evaluate(student, task, problems)[0]:.3f}" +
+            evaluated = evaluate(student, task, problems)
+            print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
                   (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
         if config.method == "race":
-            summary = race(config, task, student, teacher, out_dir)
+            summary = race(config, task, student, teacher, out_dir, evaluated)
             with replacing(out_dir / "race.png") as scratch:
                 draw_race(summary, scratch)
             label = list(RACE)[-1]
@@ -1535,7 +1581,7 @@ def main(args=None):
             print_race(summary)
             print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
         else:
-            summary = distil(config, task, student, teacher, out_dir, config.method)
+            summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
             print_examples(config.method, summary["examples"])
             print_run(summary)
             print(f"\nEverything is in {out_dir}")
@@ -1544,11 +1590,16 @@ def main(args=None):
         print(f"train.py: stopped {where}; to go on: python train.py --resume {out_dir}", file=sys.stderr)
         sys.exit(128 + number)
     except KeyboardInterrupt:
-        stop("stopped before training began")
+        begun = out_dir and any(out_dir.rglob("config.json"))
+        print(f"train.py: stopped{f'; to go on: python train.py --resume {out_dir}' if begun else ''}", file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        stop(f"{first_line(error)} Try a smaller --micro_batch_size or --rollout_batch_size, --gradient_checkpointing, "
+             "--offload")
     except (ValueError, OSError) as error:
         stop(error)
     finally:
-        if out_dir and not config.resume and not any(out_dir.iterdir()):
+        if out_dir and not config.resume and out_dir.is_dir() and not any(out_dir.iterdir()):
             out_dir.rmdir()                                   # nothing came of it
 
 

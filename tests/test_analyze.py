@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import analyze
 from analyze import Checkpoint, add, cosines, matrices, principal_components, read_weights, rescaled, truncated, window
-from effopd import module_of, module_utility, spectral_metrics, subspace_alignment, undisturbed
+from effopd import module_of, module_utility, singular_values, spectral_metrics, subspace_alignment, undisturbed
 from model import GPT, GPTConfig
 from train import Chains, Config, Score, distil, evaluation_problems, load_models
 
@@ -29,9 +29,12 @@ def randn(*shape, seed=0):
 
 # Spectra.
 
+@pytest.mark.parametrize("noise", [None, 1e-3, 1e-6])         # of a matrix of rank 4; None: Gaussian
 @pytest.mark.parametrize("shape", [(7, 7), (30, 12), (12, 30), (150, 220), (1, 5)])
-def test_spectral_metrics_equal_numpy(shape):
+def test_spectral_metrics_equal_numpy(shape, noise):
     delta = randn(*shape)
+    if noise is not None:                                     # float32's own Gram matrix would lose it
+        delta = randn(shape[0], 4, seed=1) @ randn(4, shape[1], seed=2) + noise * delta
     s = np.linalg.svd(delta.double().numpy(), compute_uv=False)
     p, k = s / s.sum(), math.ceil(len(s) / 100)
     expected = dict(spectral_norm=s[0], spectral_ratio=s[0] / np.sqrt((s ** 2).sum()),
@@ -57,6 +60,15 @@ def test_spectral_metrics_by_hand():
     assert set(spectral_metrics(torch.zeros(3, 3)).values()) == {0.0}
     bf16 = randn(20, 20).bfloat16()
     assert spectral_metrics(bf16) == pytest.approx(spectral_metrics(bf16.float()), rel=1e-6)
+
+
+def test_singular_values_are_those_they_were_made_of_and_rounding_is_zero():
+    U, V = (torch.linalg.qr(randn(n, 6, seed=n).double()).Q for n in (20, 9))
+    sigma = torch.tensor([100.0, 1.0, 1e-2, 1e-4, 1e-5, 0.0], dtype=torch.float64)
+    for delta in (U * sigma @ V.T, V * sigma @ U.T):
+        values = singular_values(delta)
+        torch.testing.assert_close(values[:5], sigma[:5], rtol=1e-2, atol=0)               # down to 1e-7 of the largest
+        assert len(values) == 9 and values[5:].eq(0).all()
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 2), torch.tensor(1.0), torch.full((2, 2), math.nan),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import train
 from effopd import policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
 from model import GPT, GPTConfig
-from train import Config, WordProblems, load, main, pack, parse_answer, parse_config
+from train import Config, load, main, parse_config
 from word_problems import problem as make_problem
 
 CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 +-*=.,?#\n"))
@@ -116,6 +116,41 @@ def test_defaults_for_a_gpu_of_24_gb_come_with_data(home):
                   "--data", str(home / "problems.jsonl")])    # offload is no setting of opd, and was not asked for
 
 
+def test_a_run_on_a_file_resumes_bit_for_bit(home, tmp_path, monkeypatch):
+    """Across the end of an epoch, with micro-batches, bfloat16 arithmetic, offloaded copies and the gate."""
+    settings = dict(steps=12, score="batch_kl", micro_batch_size=3, dtype="mixed", offload=True, utility_gate=True,
+                    lr=1e-3, save_every=5)
+    main(arguments(home, tmp_path / "whole", **settings))
+    real = train.Training.save
+    monkeypatch.setattr(train.Training, "save", lambda self, states: real(self, states) or (
+        self.record["step"] == 10 and pytest.fail("stopped")))
+    with pytest.raises(pytest.fail.Exception):
+        main(arguments(home, tmp_path / "run", **settings))
+    monkeypatch.undo()
+    main(["--resume", str(tmp_path / "run")])
+    ends = [GPT.from_pretrained(tmp_path / name / "checkpoints" / "final").state_dict() for name in ("whole", "run")]
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
+
+
+def test_too_little_memory_is_one_line(home, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    monkeypatch.setattr(train, "backward", full)
+    with pytest.raises(SystemExit):
+        main(arguments(home, tmp_path / "run"))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: CUDA out of memory. Tried to allocate 2 GiB. Try a smaller --micro_batch_size")
+
+
+def test_compile_reaches_the_rollouts(home, monkeypatch):
+    task, student, _ = load(config_of(home, compile=True))
+    real, seen = GPT.generate, []
+    monkeypatch.setattr(GPT, "generate", lambda self, *a, compile, **k: seen.append(compile) or real(self, *a, **k))
+    train.answer(student, task, task.problems(2, random.Random(0)))
+    assert seen == [True]
+
+
 # One training step, however it is cut up.
 
 @pytest.mark.parametrize("settings", [dict(loss="full"), dict(loss="top_k"), dict(loss="sampled"), dict(loss="sequence"),
@@ -180,6 +215,9 @@ def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path, capsys
         for answer in train.answer(student, task, task.problems(4, random.Random(0))):
             assert max(answer) < len(make_tokenizer())
         assert student(torch.tensor([[5, 6]])).shape[-1] == len(make_tokenizer())
+    both = str(tmp_path / "loud")                             # rows that are padding in both models
+    task, student, teacher = load(config_of(home, student=both, teacher=both))
+    assert student.tokens_in_use == teacher.tokens_in_use == len(make_tokenizer())
 
 
 def test_either_models_end_ends_an_answer(home, tmp_path, capsys):
@@ -188,6 +226,9 @@ def test_either_models_end_ends_an_answer(home, tmp_path, capsys):
     task, *_ = load(config_of(home, teacher=str(other)))
     assert task.end == [1, 2, 5] and "either ends an answer" in capsys.readouterr().out
     assert task.encode_answer("1") == make_tokenizer()("1").input_ids + [1]                # the student's own
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2, 1]}))
+    model = GPT.from_pretrained(make_checkpoint(tmp_path, eos=[5, 1]))
+    assert train.tokenizer_of(model)[1] == [1, 5, 2]          # the chat's own end first: it is what sft teaches
 
 
 def test_prompts_are_the_templates_or_plain(home):
@@ -236,11 +277,15 @@ real_score = train.Score
     ("72", ["36 * 2 = 72", "$72$", "\\boxed{72.0}"], ["72 - 1 = 71", "I do not know"]),
     ("\\frac{1}{2}", ["\\boxed{0.5}", "$\\frac12$", "the half, $\\frac{2}{4}$"], ["\\boxed{2}"]),
     ("... so it is $\\boxed{x^2 + 1}$.", ["\\boxed{1 + x^2}"], ["\\boxed{x^2}"]),
-    ("#### -3", ["#### -3"], ["#### 3"])])
-def test_grading(home, gold, right, wrong):
-    task, *_ = load(config_of(home))
-    problem = next(iter(task.gold))
-    task.gold[problem] = parse_answer(gold, gold=True)
+    ("#### -3", ["#### -3"], ["#### 3"]),
+    ("#### 5 dollars", ["#### 5", "#### \\$5", "$5"], ["#### 6"]),
+    (1e-7, ["0.0000001"], ["-7"]), (1e20, ["100000000000000000000"], ["20"]), (0.5, ["1/2", "\\boxed{\\frac12}"], ["5"]),
+    ("Yes", ["so \\boxed{Yes}"], ["\\boxed{No}"])])
+def test_grading(home, gold, right, wrong, tmp_path):
+    rows = [{"question": "x", "answer": gold}] + [{"question": str(n), "answer": n} for n in range(11)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, *_ = load(config_of(home, data=str(tmp_path / "rows.jsonl")))
+    problem = "x"
     assert [task.is_correct(problem, text) for text in right] == [True] * len(right)
     assert [task.is_correct(problem, text) for text in wrong] == [False] * len(wrong)
 
@@ -276,6 +321,8 @@ GOOD = '{"question": "1 + 1", "answer": "2"}\n'
     ('{"question": "1 + 1", "answer": true}', "line 1: 'answer' is not a text or a number"),
     ('{"question": "1 + 1", "answer": "### nobody knows ####"}', "line 1: no answer can be read"),
     ('{"question": "' + "1 + " * 200 + '", "answer": "2"}', "line 1: a prompt of 8"),
+    (GOOD + '{"question": "1 + 1", "answer": "3"}', "line 2: the same problem as in a line before, with another answer"),
+    ('{"question": "1 + 1", "answer": NaN}', "line 1: 'answer' is nan"),
     (GOOD * 50, "has 1 different problems, and --eval_size, --dv_size and a batch need 11"),
 ])
 def test_bad_data_is_named_by_its_line(home, tmp_path, capsys, text, words):
@@ -294,13 +341,19 @@ def test_bad_models_are_refused(home, tmp_path, capsys):
     def teacher(**options):
         return make_checkpoint(tmp_path / str(len(list(tmp_path.iterdir()))), seed=1, **options)
 
-    swapped = make_tokenizer(["b", "a", *CHARACTERS[:-2]])    # as many tokens, in another order
+    swapped = make_tokenizer(CHARACTERS[::-1])                # as many tokens, in another order
     refused(arguments(home, teacher=teacher(tokenizer=swapped)), "different vocabularies (", capsys)
     refused(arguments(home, teacher=teacher(tokenizer=make_tokenizer([*CHARACTERS, "é"]))),
             "(1 tokens differ; 'é' is absent and", capsys)
     refused(arguments(home, teacher=teacher(sure=0.01)), "guessing has -4.3", capsys)
     refused(arguments(home, teacher=teacher(rows=20)), "tokens, the model only 20", capsys)
     refused(arguments(home, student=teacher(tokenizer=make_tokenizer(template=None))), "--no_chat_template asks", capsys)
+    strict = make_tokenizer(template="{{ raise_exception('no system messages here') }}")
+    refused(arguments(home, student=teacher(tokenizer=strict)), "chat template fails: no system messages here", capsys)
+    refused(arguments(home, student=teacher(tokenizer=make_tokenizer(template="{% if %}"))), "template fails", capsys)
+    broken = teacher()
+    (broken / "generation_config.json").write_text("[]")
+    refused(arguments(home, teacher=broken), "generation_config.json cannot be read", capsys)
     refused(arguments(home, student=teacher(tokenizer=make_tokenizer(end=None), eos=None)), "names no end token", capsys)
     bare = teacher()
     for file in bare.glob("tokenizer*"):

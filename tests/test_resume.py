@@ -100,11 +100,15 @@ def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed(home, tmp_p
     rng, begin = random.Random(0), time.perf_counter()
     start_or_resume(tmp_path / "timing", home)
     whole = time.perf_counter() - begin
+    steps = []
     for _ in range(10):
         pid = child(lambda: start_or_resume(tmp_path / "run", home))
         time.sleep(rng.uniform(0.05, 0.5) * whole)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        log = tmp_path / "run" / "log.jsonl"
+        steps.append(len(log.read_text().splitlines()) if log.exists() else 0)
+    assert any(0 < step < 18 for step in steps)               # else no kill hit the training
     start_or_resume(tmp_path / "run", home)
     same(tmp_path / "run", home / "whole")
 
@@ -252,6 +256,17 @@ def test_two_signals_stop_at_once_and_lose_at_most_the_step(moment, lines, home,
     same(tmp_path / "run", home / "whole")
 
 
+def test_a_checkpoint_from_before_a_jump_stays_one(home, tmp_path, monkeypatch, capsys):
+    """Stopped in the evaluation after a search that accepted something, at a step whose checkpoint is kept."""
+    _, (_, searches), _ = outcome(home / "whole")
+    step = next(s["step"] for s in searches if s["accepted"] and s["step"].bit_count() == 1 and s["step"] % 2 == 0)
+    status, said = interrupted(home, tmp_path / "run", monkeypatch, capsys, ("evaluate", 2 + step // 2),
+                               [signal.SIGINT, signal.SIGINT])
+    assert status == 130 and f"stopped in step {step};" in said
+    main(["--resume", str(tmp_path / "run")])
+    same(tmp_path / "run", home / "whole")
+
+
 def test_two_signals_in_the_midst_of_a_search(home, tmp_path, monkeypatch, capsys):
     """At each candidate of a search that accepts some: W_t is what is saved, and the search is made again."""
     for n in (1, 2, 3, 4):
@@ -274,6 +289,15 @@ def test_two_signals_in_the_midst_of_a_search(home, tmp_path, monkeypatch, capsy
         assert "pending" in torch.load(directory / "state.pt", weights_only=True)
         main(["--resume", str(directory)])
         same(directory, home / "whole")
+
+
+def test_a_signal_between_two_runs_of_a_race_says_how_to_go_on_too(home, tmp_path, monkeypatch, capsys):
+    real = train.gc.collect
+    monkeypatch.setattr(train.gc, "collect", lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.01) or real())
+    with pytest.raises(SystemExit) as end:
+        main(arguments(TOY | dict(steps=2, cache_dir=home / "cache", out_dir=tmp_path / "race")))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 130 and said == f"train.py: stopped; to go on: python train.py --resume {tmp_path / 'race'}"
 
 
 # Numbers that are not finite.
@@ -398,6 +422,16 @@ def test_damaged_settings_are_one_line(text, stopped, tmp_path, capsys):
         main(["--resume", str(run)])
     said = capsys.readouterr().err.strip()
     assert end.value.code == 2 and len(said.splitlines()) == 1 and f"{run / 'config.json'} is damaged" in said
+
+
+def test_settings_that_do_not_work_here_are_not_called_damaged(stopped, tmp_path, capsys):
+    run = copy_of(stopped, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | dict(device="cuda:99")))
+    with pytest.raises(SystemExit):
+        main(["--resume", str(run)])
+    said = capsys.readouterr().err.strip()
+    assert "config.json: --device cuda:99: this torch sees" in said and "damaged" not in said
 
 
 def test_a_state_with_code_in_it_is_not_run(stopped, tmp_path, capsys):

@@ -228,3 +228,9 @@ def test_a_line_goes_on_or_back(best, multiples, kept):
     assert record["multiple"] == kept and weight[0, 0].item() == 1 + kept
     assert record["multiples"] == multiples[:len(record["multiples"])]
     assert record["accepted"] == {9.0: 3, 1.2: 0, 0.25: 2}[best]
+
+
+def test_d_v_is_split_off_a_file_for_every_method():
+    """With --data, runs of one sweep train on the same problems."""
+    assert train.useful({"method": "opd", "dv_size": "3", "data": "x.jsonl"})["dv_size"] == "3"
+    assert "dv_size" not in train.useful({"method": "opd", "dv_size": "3"})
