@@ -130,9 +130,9 @@ def rope_frequencies(config: GPTConfig) -> torch.Tensor:
 def rotate(x, cos, sin):
     """Rotary position embedding, in Hugging Face's layout: x (B, heads, T, D), cos and sin (B or 1, 1, T, D).
 
-    sin comes with the first half negated: (a, b) -> (a cos - b sin, b cos + a sin) in three operations.
+    sin comes with the first half negated: (a, b) -> (a cos - b sin, b cos + a sin).
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
