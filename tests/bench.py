@@ -102,8 +102,8 @@ def models_of(args):
         batch = 64 if args.device != "cpu" else sizes[1][0]
         texts = [f"A train leaves at {i % 9 + 1} and goes {i % 7 + 2}0 miles an hour. How far is it at noon?"
                  for i in range(batch)]
-        task = SimpleNamespace(end=None, max_response=sizes[1][1], rollout_batch_size=512, tokenizer=tokenizer,
-                               problems=lambda n, rng, exclude=(): texts[:n],
+        task = SimpleNamespace(end=None, max_response=sizes[1][1], rollout_batch_size=512, compile=False,
+                               tokenizer=tokenizer, problems=lambda n, rng, exclude=(): texts[:n],
                                encode=lambda p: tokenizer(p).input_ids, decode=tokenizer.decode,
                                is_correct=lambda problem, answer: False)
         size = sum(p.numel() for p in model.parameters()) / 1e6
