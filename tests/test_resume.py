@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def child(body):
     """Run body() in a process of its own; returns its id. It shares nothing with this one but what is on disk."""
     pid = os.fork()
     if pid == 0:
+        train.tqdm.set_lock(threading.RLock())                # tqdm's own is shared: to be killed with it would hang us
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         status = 1
