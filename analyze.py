@@ -880,20 +880,28 @@ def dv_size(args, out_dir):
     table = {name: {size: bootstrap(rates[size][name]) for size in DV_SIZES if rates[size][name]} for name in RATES}
     in_run = bootstrap(curse_in_run) if curse_in_run else None
     write_json(out_dir / "dv.json", dict(problems=args.problems, runs=args.runs, table=table, curse_in_run=in_run))
+    draw_dv(table, out_dir / "10_dv_size.png")
 
     def say(s):
         return f"{s['mean']:.3f}" + (f" [{s['low']:.3f}, {s['high']:.3f}]" if s["n"] > 1 else "")
 
     print("| problems in D_v | " + " | ".join(map(str, DV_SIZES)) + " |\n|" + "---|" * (1 + len(DV_SIZES)))
+    for name, by_size in table.items():
+        print(f"| {RATES[name][2]} | " + " | ".join(map(say, by_size.values())) + " |")
+    if in_run:
+        print(f"\nIn the runs themselves, winning score minus fresh score: {say(in_run)}, n = {in_run['n']}")
+
+
+def draw_dv(table, path):
+    """table: of dv.json."""
     figure, axes = canvas("10. How many problems must D_v have? Low is good",
                           ("wrong decisions", "problems in D_v", "share"),
                           ("their price", "problems in D_v", "accuracy"))
     for i, (name, by_size) in enumerate(table.items()):
-        print(f"| {RATES[name][2]} | " + " | ".join(map(say, by_size.values())) + " |")
         mean, low, high = (np.array([s["mean"] if s[what] is None else s[what] for s in by_size.values()])
                            for what in ("mean", "low", "high"))
         axis = axes[int(name in ("accuracy_lost", "curse"))]
-        axis.errorbar(list(by_size), mean, (mean - low, high - mean), color=f"C{i}", marker=".", capsize=3,
+        axis.errorbar(list(map(int, by_size)), mean, (mean - low, high - mean), color=f"C{i}", marker=".", capsize=3,
                       label=name.replace("_", " "))
     for axis in axes:
         axis.set_xscale("log")
@@ -901,10 +909,8 @@ def dv_size(args, out_dir):
         axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
         axis.legend()
-    figure.savefig(out_dir / "10_dv_size.png", dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
-    if in_run:
-        print(f"\nIn the runs themselves, winning score minus fresh score: {say(in_run)}, n = {in_run['n']}")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -116,15 +116,20 @@ def group_advantages(rewards, group_size, eps=1e-6):
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + eps)).view(-1)
 
 
+def rows_at_once(head) -> int:
+    """As many as make 2^25 logits with a head (V, C): 128 MB in float32, of which a KL's gradient needs some five."""
+    return max(1, 2 ** 25 // len(head))
+
+
 def chunked(loss, hidden, head, *per_token, chunk_size=None):
     """Σ over chunks of loss(logits (n, V), *per_token's rows): the logits of all N tokens never exist at once.
 
     hidden (N, C) and head (V, C) make the logits; per_token: tensors of N rows that go with them. `loss` gives a sum
     over its rows, or a mean over a fixed num_tokens. Value and gradients (with respect to hidden and head) are those of
     the whole form; a chunk's gradients are taken while its logits are there, so nothing is computed twice.
-    chunk_size: n. None: as many as make 2^25 logits, 128 MB in float32, of which a KL's gradient needs some five.
+    chunk_size: n. None: `rows_at_once`.
     """
-    chunk_size = chunk_size or max(1, 2 ** 25 // len(head))
+    chunk_size = chunk_size or rows_at_once(head)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return Chunks.apply(loss, chunk_size, hidden, head, *per_token)
     pieces = zip(*(x.split(chunk_size) for x in (hidden, *per_token)))

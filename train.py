@@ -61,7 +61,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from effopd import EffOPD, chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled, reverse_kl_top_k
+from effopd import EffOPD, chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_top_k, rows_at_once
 from model import GPT, GPTConfig
 
 
@@ -499,7 +499,7 @@ def read_jsonl(path: str, prompt_field: str, answer_field: str):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:     # UnicodeDecodeError is a ValueError
-                raise ValueError(f"{where} is not JSON: {' '.join(str(error).split())[:100]}") from None
+                raise ValueError(f"{where} is not JSON: {first_line(error)}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where} is not a JSON object, {{\"{prompt_field}\": ..., \"{answer_field}\": ...}}")
             for option, name, kinds in (("--prompt_field", prompt_field, (str,)),
@@ -815,9 +815,10 @@ def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
 def log_prob_of(model, hidden, tokens):
     """log π of the tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
     head = model.head
+    rows = rows_at_once(head)
     with torch.no_grad():
         return torch.cat([F.linear(h, head).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
-                          for h, y in zip(hidden.split(1024), tokens.split(1024))])
+                          for h, y in zip(hidden.split(rows), tokens.split(rows))])
 
 
 def loss_of(config, student, teacher, batch, hidden, target, advantages, num_tokens):
@@ -921,7 +922,7 @@ class Training:
         accuracy, answers = evaluated or evaluate(self.student, self.task, self.held_out)
         self.record["curve"].append(dict(step=0, accuracy=accuracy, tokens=0, seconds=0.0))
         self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
-        write_json(self.out_dir / "config.json", asdict(self.config) | {"versions": versions(self.config.device)})
+        write_json(self.out_dir / "config.json", with_versions(self.config))
         save_checkpoint(self.student, self.out_dir, "step_000000", self.config.keep_last)
         self.save(random_states(self.generator))
 
@@ -996,8 +997,8 @@ class Training:
         if "pending" in state:
             saved, device = state["pending"], self.student.device
             for name, p in self.student.named_parameters():
-                p.grad = saved["gradients"][name]
-                p.grad = p.grad if p.grad is None else p.grad.to(device)
+                gradient = saved["gradients"][name]
+                p.grad = None if gradient is None else gradient.to(device)
             batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
             targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
             self.pending = batch, targets, saved["line"]
@@ -1048,8 +1049,9 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
             bar.set_postfix(loss="{:.3f}".format(math.nan if loss is None else loss),
                             accuracy=f"{run.record['curve'][-1]['accuracy']:.3f}")
     save_checkpoint(student, out_dir, "final", config.keep_last)
-    write_json(out_dir / "summary.json", run.summary(label))
-    return run.summary(label)
+    summary = run.summary(label)
+    write_json(out_dir / "summary.json", summary)
+    return summary
 
 
 def wrong_answers(task, problems, answers, n=3) -> list[dict]:
@@ -1141,13 +1143,11 @@ def load_state(out_dir) -> dict | None:
 
 def tidy(out_dir, record, last: int):
     """Take back what was written after the state: log lines, checkpoints of steps after `last`, files half written."""
-    for name in ("log", "search"):
-        lines = record["log" if name == "log" else "searches"]
-        if not lines:
-            (out_dir / f"{name}.jsonl").unlink(missing_ok=True)
-            continue
-        with replacing(out_dir / f"{name}.jsonl") as scratch:
+    for path, lines in ((out_dir / "log.jsonl", record["log"]), (out_dir / "search.jsonl", record["searches"])):
+        with replacing(path) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if not lines:
+            path.unlink()
     for path in sorted((out_dir / "checkpoints").iterdir()):
         number = path.name.removeprefix("step_")
         if number.isdecimal() and int(number) > last or path.suffix == ".part":
@@ -1169,14 +1169,14 @@ def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evalua
     backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
     make_optimizer(config, rehearsal).step()
     del rehearsal
-    write_json(out_dir / "config.json", asdict(config) | {"versions": versions(config.device)})
+    write_json(out_dir / "config.json", with_versions(config))
     runs = {}
     for name, (directory, settings) in RACE.items():
         (out_dir / directory).mkdir(exist_ok=True)
         runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
                             out_dir / directory, name, evaluated)
         gc.collect()                                          # a run and its search refer to each other
-    summary = dict(config=asdict(config) | {"versions": versions(config.device)}, **compare(runs))
+    summary = dict(config=with_versions(config), **compare(runs))
     write_json(out_dir / "summary.json", summary)
     return summary
 
@@ -1255,6 +1255,10 @@ def versions(device) -> dict:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
             "numpy": np.__version__, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu"}
+
+
+def with_versions(config) -> dict:
+    return asdict(config) | {"versions": versions(config.device)}
 
 
 def write_json(path: Path, value, indent=1):
@@ -1534,7 +1538,7 @@ def draw_sweep(rows, path):
                 full = row["reached"] == row["final"]["n"]
                 panel.plot(*((x, y) if axis else (y, x)), "o", color=f"C{i}",
                            markerfacecolor=f"C{i}" if full else "white")
-        cost, costs = f"{title}, to accuracy {goal}", panel.yaxis if axis else panel.xaxis
+        cost, costs = f"{title},\nto accuracy {goal}", panel.yaxis if axis else panel.xaxis
         panel.set(xlabel=axis, ylabel=cost, yscale="log") if axis else panel.set(xlabel=cost, xscale="log")
         costs.set_major_formatter("{x:g}")
         costs.set_minor_formatter("{x:g}")
