@@ -312,10 +312,10 @@ class EffOPD:
                     stopped = "score not finite"
                     break
                 if k > 0 and not self.improves(scores[-1], scores[kept]):
-                    stopped = "score no better"
                     if k == 1 and self.backwards:             # not further, then: less far?
                         search[2:] = self.backwards
                         continue
+                    stopped = "score no better"
                     break
                 kept = k
         except BaseException:                                 # whatever happened in validate, W_t survives it
@@ -470,8 +470,9 @@ class EffOPDCallback(TrainerCallback):
         save_file(tensors, self.file(folder, args), {"history": json.dumps(effopd["history"])})
 
     def entry(self, record):
+        scores = dict(zip(record["multiples"], record["scores"]))
         return {"step": record["step"], "effopd_accepted": record["accepted"], "effopd_multiple": record["multiple"],
-                "effopd_score": record["scores"][record["accepted"]] if record["scores"] else None}
+                "effopd_score": scores.get(record["multiple"])}
 
     def file(self, folder, args):
         sharded = any(map(is_sharded, self.effopd.previous))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from effopd import EffOPD
+from effopd import EffOPD, EffOPDCallback
 
 
 class Line(nn.Module):
@@ -98,6 +98,20 @@ def test_stops_at_the_first_failure():
     effopd = EffOPD(model, lambda m: next(scores))
     model.move_to(1.0)
     assert effopd.step(1)["accepted"] == 1 and model.at == 3.0 and next(scores) == 0.9   # never asked for
+
+
+@pytest.mark.parametrize("best, kept, stopped", [
+    (9.0, 2, "score no better"), (4.2, 0, "score no better"),              # 4, 8, 12; and 4, 8, then back to 3
+    (2.4, -0.75, "score no better"), (2.0, -0.96875, "all candidates accepted")])      # 4, 8, 3, 2.5, 2.25, ...
+def test_the_line_goes_back_where_forward_is_worse(best, kept, stopped):
+    """W_prev = 2, W_t = 4: and what a trainer's log says is the score of the weights that were kept."""
+    model, validate = Line(2.0), Recorder(score=lambda at: -abs(at - best))
+    effopd = EffOPD(model, validate, candidates="line")
+    model.move_to(4.0)
+    record = effopd.step(1)
+    assert record["multiple"] == kept and model.at == 4 + 2 * kept and record["stopped"] == stopped
+    entry = EffOPDCallback(None).entry(record)
+    assert entry["effopd_score"] == validate.score(model.at) and entry["effopd_accepted"] == record["accepted"]
 
 
 @pytest.mark.parametrize("accept, kept", [("gt", 0), ("ge", 5)])
