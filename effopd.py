@@ -199,7 +199,8 @@ class EffOPD:
         every rank must call `step`, and the mean of the ranks' scores decides for all of them.
     accept: "gt", a candidate must score higher than the last one kept; "ge", not lower; "always", it need not.
     candidates: "linear", W_t + 2kΔ (the paper's); "doubling", W_t + 2^k Δ; for k = 1 .. num_candidates. "line":
-        doubling, and where the first of them fails, back towards W_prev: W_t - Δ/2, W_t - 3Δ/4, ..., W_t - (1 - 2^-k)Δ.
+        doubling, from half of what the last search kept; where the first of these fails, smaller ones down to 2Δ, then
+        back towards W_prev: W_t - Δ/2, W_t - 3Δ/4, ..., W_t - (1 - 2^-k)Δ.
     direction: what candidates go along. "update", Δ; for comparison, matrix by matrix of Δ's norm: "random", Gaussian;
         "top", Δ's leading tenth of singular directions; "tail", the others (see `redirect`).
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES: the names of Llama, Qwen, GPT-2 and their like), or
@@ -262,6 +263,13 @@ class EffOPD:
         doublings, rest = divmod(t, self.first_trigger)
         return (rest == 0 and doublings.bit_count() == 1) or bool(self.every and t > 0 and t % self.every == 0)
 
+    def plan(self) -> tuple[list, list]:
+        """Multiples of Δ to try next, in order, and those that take the others' place if the first of them fails."""
+        if not self.backwards:
+            return self.multiples, []
+        start = max(2, self.history[-1]["multiple"] / 2 if self.history else 0)
+        return [m for m in self.multiples if m >= start], [m for m in self.multiples[::-1] if m < start] + self.backwards
+
     @torch.no_grad()
     def step(self, t: int) -> dict | None:
         """Call after optimiser step t. Searches if t is a trigger and returns the search's record, else None.
@@ -295,12 +303,12 @@ class EffOPD:
                 p.copy_(now.to(p.device) + float(multiple) * direction.to(p.device) if jump else now)
 
         device = next(iter(self.parameters.values())).device
-        scores, kept, stopped = [], 0, "all candidates accepted"
-        search = [0, *self.multiples]
+        forwards, otherwise = self.plan()
+        search, scores, kept, turned, stopped = [0, *forwards], [], 0, False, "all candidates accepted"
         if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
             stopped, search = "alignment below the gate", []
         try:
-            for k, multiple in enumerate(search):             # "line" may append to search on the way
+            for k, multiple in enumerate(search):             # "line" may change the rest of it on the way
                 place(multiple)
                 if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), device) < 1:
                     scores.append(math.nan)
@@ -312,8 +320,8 @@ class EffOPD:
                     stopped = "score not finite"
                     break
                 if k > 0 and not self.improves(scores[-1], scores[kept]):
-                    if k == 1 and self.backwards:             # not further, then: less far?
-                        search[2:] = self.backwards
+                    if k == 1 and otherwise:                  # not so far, then: less far?
+                        search[2:], turned = otherwise, True
                         continue
                     stopped = "score no better"
                     break
@@ -329,7 +337,7 @@ class EffOPD:
                 self.optimizer.state.pop(p, None)
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
-            "accepted": kept - (reached < 0), "multiple": reached, "stopped": stopped,
+            "accepted": kept and kept - turned, "multiple": reached, "stopped": stopped,
             "delta_norm": sum(dot(d, d) for d in delta) ** 0.5,
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }

@@ -114,6 +114,19 @@ def test_the_line_goes_back_where_forward_is_worse(best, kept, stopped):
     assert entry["effopd_score"] == validate.score(model.at) and entry["effopd_accepted"] == record["accepted"]
 
 
+def test_a_line_starts_near_where_the_last_one_ended():
+    model, validate = Line(0.0), Recorder(score=lambda at: -abs(at - 30))
+    effopd = EffOPD(model, validate, candidates="line")
+    for at, tried, kept, accepted in [
+            (4.0, [0, 2, 4, 8, 16], 8, 3),                    # Δ = 4: 12, 20, 36, 68
+            (34.0, [0, 4, 2, -0.5], 2, 1),                    # Δ = -2, from half of 8: 26 is a tie; so 30, then 35
+            (31.0, [0, 2, -0.5, -0.75, -0.875, -0.9375, -0.96875], -0.96875, 5),       # Δ = 1, from 2 at least: 33
+            (30.0, [0, 2, -0.5], 0, 0)]:                      # after one that went back, again from 2
+        model.move_to(at)
+        record = effopd.step(2 ** len(effopd.history))
+        assert (record["multiples"], record["multiple"], record["accepted"]) == (tried, kept, accepted)
+
+
 @pytest.mark.parametrize("accept, kept", [("gt", 0), ("ge", 5)])
 def test_a_tie(accept, kept):
     model = Line(0.0)
