@@ -749,11 +749,12 @@ def evaluation_problems(config, task) -> list[str]:
     return task.problems(config.eval_size, random.Random("evaluation"))
 
 
-def evaluate(model, task, problems) -> tuple[float, list[list[int]]]:
-    """Accuracy of one sampled answer to each problem, always under the same random numbers; and the answers."""
+def evaluate(model, task, problems, seed=0) -> tuple[float, list[list[int]]]:
+    """Accuracy of one sampled answer to each problem, and the answers. Random numbers: those of the seed, always the
+    same for one --rollout_batch_size (each chunk of so many problems is seeded with seed + the place of its first)."""
     generator, answers = torch.Generator(model.device), []
     for i in range(0, len(problems), task.rollout_batch_size):
-        answers += answer(model, task, problems[i:i + task.rollout_batch_size], generator.manual_seed(i))
+        answers += answer(model, task, problems[i:i + task.rollout_batch_size], generator.manual_seed(seed + i))
     return accuracy(task, problems, answers), answers
 
 
@@ -1491,19 +1492,21 @@ def tabulate(runs: dict, results: dict, target: float) -> list[dict]:
     return list(rows.values())
 
 
+def spread(stats, form) -> str:
+    """mean [low, high] of a `bootstrap`, each in this format; of one value the mean alone."""
+    span = "" if stats["low"] is None else f" [{stats['low']:{form}}, {stats['high']:{form}}]"
+    return f"{stats['mean']:{form}}{span}"
+
+
 def print_sweep(rows):
     """A Markdown table: mean [95% bootstrap interval]."""
-    def say(stats, form):
-        span = "" if stats["low"] is None else f" [{stats['low']:{form}}, {stats['high']:{form}}]"
-        return f"{stats['mean']:{form}}{span}"
-
     print("\n| settings | n | final accuracy | to accuracy | reached | steps | student tokens | seconds | "
           "times fewer than OPD: steps | tokens | seconds |\n|" + "---|" * 11)
     for row in rows:
         n, bound = row["final"]["n"], "" if row["reached"] == row["final"]["n"] else "≥ "
-        costs = [bound + say(row["cost"][unit], form) for unit, form in zip(UNITS, (".1f", ",.0f", ".1f"))]
-        times = [say(row["times"][unit], ".2f") if row["times"] else "-" for unit in UNITS]
-        cells = [name_of(row["settings"]).replace(",", " "), str(n), say(row["final"], ".3f"), f"{row['goal']:.3f}"]
+        costs = [bound + spread(row["cost"][unit], form) for unit, form in zip(UNITS, (".1f", ",.0f", ".1f"))]
+        times = [spread(row["times"][unit], ".2f") if row["times"] else "-" for unit in UNITS]
+        cells = [name_of(row["settings"]).replace(",", " "), str(n), spread(row["final"], ".3f"), f"{row['goal']:.3f}"]
         print("| " + " | ".join([*cells, f"{row['reached']} of {n}", *costs, *times]) + " |")
 
 
