@@ -1,7 +1,7 @@
 """See the foresight: where an update goes, how concentrated it is, and when its direction settles.
 
     python analyze.py                                       # the newest run of each method under runs/
-    python analyze.py runs/opd-s0 runs/opd-s1 runs/rl-s0    # these; runs of one method are seeds: mean, 95% interval
+    python analyze.py runs/opd-s0 runs/opd-s1 runs/rl-s0    # these; runs alike but for the seed: mean, 95% interval
     python analyze.py --base DIR --checkpoints DIR1 DIR2    # any Hugging Face checkpoints, from their weights alone
     python analyze.py --dv runs/effopd-s0 runs/effopd-s1    # a tenth question: how many problems must D_v have?
 
@@ -23,8 +23,8 @@ In the shapes below: N checkpoints, of all runs together; r = min(m, n) singular
 """
 
 import argparse
+import filecmp
 import functools
-import itertools
 import json
 import math
 import random
@@ -43,9 +43,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from effopd import SCOPES, EffOPD, basis_alignment, module_of, reverse_kl, spectral_metrics
-from train import (Chains, Config, answer, bootstrap, evaluate, evaluation_problems, load, load_models, pack,
-                   pick_device, write_json)
+from effopd import EffOPD, basis_alignment, module_of, spectral_metrics
+from train import (Chains, Config, bootstrap, evaluate, evaluation_problems, has_use, kl_of, load, load_models, pack,
+                   pick_device, split, spread, states, write_json)
 
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
 ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
@@ -57,6 +57,9 @@ MODULES = ("q", "k", "v", "o", "gate", "up", "down", "norm")
 BLOCK = 2 ** 24                                              # numbers read at a time: some 300 MB
 DV_SIZES = (10, 25, 50, 100, 200, 400)                      # 10: problems in D_v
 KL_ANSWERS = 100                                             # a KL is measured on so many of an accuracy's answers
+METHODS = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}                   # in the paper's order
+SEEDS = {"seed", "out_dir", "resume", "cache_dir", "device", "preset", "save_every", "keep_last", "eval_every",
+         "offload", "compile", "micro_batch_size", "rollout_batch_size", "gradient_checkpointing"}  # seeds may differ
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -90,10 +93,13 @@ class Checkpoint:
         """Rows start .. stop - 1 of a tensor, in float32."""
         return self.slices[name][start:stop].float()
 
+    def weights(self) -> dict:
+        return {name: self.read(name) for name in self.slices}
+
 
 @dataclass(eq=False)
 class Run:
-    label: str                 # the method; runs with one label are seeds of each other
+    label: str                 # of `labels_of`: runs with one label are seeds of each other
     directory: Path
     steps: list                # of its checkpoints, the base left out
     points: range              # their places among all N
@@ -104,15 +110,13 @@ class Run:
         return self.points[-1]
 
     @property
-    def early(self):
-        """The checkpoint nearest to 10% of training: its place among the run's own."""
+    def early(self):           # the place, among the run's own, of the checkpoint nearest to 10% of training
         return min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - 0.1 * self.steps[-1]))
 
     def accuracy(self, *what):
         return self.measured[what][0]
 
-    def at(self, i):
-        """(accuracy, KL) of the run's checkpoint i."""
+    def at(self, i):           # (accuracy, KL) of the run's checkpoint i
         return self.measured["step", self.steps[i]]
 
 
@@ -122,16 +126,27 @@ def read_config(directory: Path) -> Config:
 
 
 def method_of(config) -> str:
-    name = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}[config.method]
-    return name + (f" {config.score}" if config.method == "effopd" and config.score != "accuracy" else "")
+    score = f" {config.score}" if config.method == "effopd" and config.score != "accuracy" else ""
+    return METHODS[config.method] + score
 
 
-def same_base(*runs) -> bool:
-    return len({(run / "checkpoints" / "step_000000" / "model.safetensors").read_bytes() for run in runs}) == 1
+def labels_of(configs) -> dict:
+    """{run: its method, and the settings that the runs of this method differ in}; equal labels are seeds."""
+    labels = {}
+    for run, c in configs.items():
+        alike = [other for other in configs.values() if method_of(other) == method_of(c)]
+        names = [f.name for f in fields(Config) if f.name not in SEEDS and has_use(c.method, f.name, c.data)]
+        labels[run] = ", ".join([method_of(c), *(f"{name} {getattr(c, name)}" for name in names
+                                                 if any(getattr(other, name) != getattr(c, name) for other in alike))])
+    return labels
+
+
+def same_base(a, b) -> bool:
+    return filecmp.cmp(*(run / "checkpoints/step_000000/model.safetensors" for run in (a, b)), shallow=False)
 
 
 def newest_runs(home=Path("runs")) -> list[Path]:
-    """The newest finished run of each method under runs/; says what is missing and the command that makes it."""
+    """The newest finished run of each method in runs/* and runs/race*/*; says what is missing and how to make it."""
     found = [p.parents[1] for p in (*home.glob("*/checkpoints/final"), *home.glob("race*/*/checkpoints/final"))]
     found.sort(key=lambda run: (run / "checkpoints" / "final").stat().st_mtime)
     if not found:
@@ -145,10 +160,10 @@ def newest_runs(home=Path("runs")) -> list[Path]:
 
 
 def expand(directory: Path) -> list[Path]:
-    """A run's directory, or those inside a race's. ValueError if it is neither, or a run did not finish."""
+    """A run's directory, or those inside a race's or a sweep's. ValueError if it is none, or a run did not finish."""
     if not directory.is_dir():
         raise ValueError(f"there is no directory {directory}")
-    runs = [p.parent for p in (*directory.glob("config.json"), *sorted(directory.glob("*/config.json")))]
+    runs = [p.parent for p in (*directory.glob("checkpoints"), *sorted(directory.glob("*/checkpoints")))]
     for run in runs or [directory]:
         if not (run / "checkpoints" / "final").is_dir():
             raise ValueError(f"{run} holds no finished run (config.json and checkpoints/final)")
@@ -156,22 +171,22 @@ def expand(directory: Path) -> list[Path]:
 
 
 def load_runs(directories):
-    """-> the base's Checkpoint, the N Checkpoints, the Runs in the paper's order of methods, the first one's Config."""
+    """-> the base's Checkpoint, the N Checkpoints, the Runs, a Config: of a run with a teacher, if there is one."""
     configs = {run: read_config(run) for directory in directories for run in expand(Path(directory))}
-    first, variants = next(iter(configs)), defaultdict(set)
-    for run, c in configs.items():
+    first, labels, order, runs, points = next(iter(configs)), labels_of(configs), list(METHODS), [], []
+    for run, c in sorted(configs.items(), key=lambda item: (order.index(item[1].method), item[1].score, item[1].lr)):
         if not same_base(run, first):
             raise ValueError(f"{run} and {first} start from different weights: not comparable")
-        variants[method_of(c)].add((c.lr, c.steps))          # runs that differ in these are no seeds of each other
-    runs, points, order = [], [], ["OPD", "EffOPD", "EffOPD batch_kl", "EffOPD rollout_kl", "RL", "SFT"]
-    order += sorted({method_of(c) for c in configs.values()} - set(order))       # a score of somebody's own comes last
-    for run, c in sorted(configs.items(), key=lambda item: (order.index(method_of(item[1])), item[1].lr)):
-        label = method_of(c) + (f", lr {c.lr:g}, {c.steps} steps" if len(variants[method_of(c)]) > 1 else "")
         steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_??????"))
-        steps = [step for step in steps if 0 < step < c.steps]
-        runs.append(Run(label, run, [*steps, c.steps], range(len(points), len(points) + len(steps) + 1)))
-        points += [Checkpoint(run / "checkpoints" / name) for name in (*(f"step_{s:06d}" for s in steps), "final")]
-    return Checkpoint(first / "checkpoints" / "step_000000"), points, runs, configs[first]
+        steps = [*(step for step in steps if 0 < step < c.steps), c.steps]
+        for other in runs:
+            if other.label == labels[run] and other.steps != steps:
+                raise ValueError(f"{run} and {other.directory}, seeds of {other.label}, have checkpoints of different "
+                                 "steps (--keep_last?), so no mean")
+        runs.append(Run(labels[run], run, steps, range(len(points), len(points) + len(steps))))
+        points += [Checkpoint(run / "checkpoints" / name) for name in (*(f"step_{s:06d}" for s in steps[:-1]), "final")]
+    taught = next((c for c in configs.values() if c.teacher or not c.data), configs[first])
+    return Checkpoint(first / "checkpoints" / "step_000000"), points, runs, taught
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -242,16 +257,16 @@ def norm(weights, i, names=None) -> float:
 
 def norm_shares(weights, i) -> dict:
     """2: the share of ||ΔW_i||² of each (layer, module), a sum over the tensors of one kind; together 1."""
-    shares = defaultdict(float)
-    for name in weights.gram:
-        shares[module_of(name)] += (norm(weights, i, [name]) / norm(weights, i)) ** 2
+    shares, whole = defaultdict(float), norm(weights, i) ** 2
+    for name, gram in weights.gram.items():
+        shares[module_of(name)] += gram[i, i].item() / whole
     return shares
 
 
 @functools.cache
-def gaussian_sigma(shape, seed=0):
+def gaussian_sigma(shape):
     """Singular values (r,) of a Gaussian matrix of Frobenius norm 1: what no structure at all looks like."""
-    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     return sigma / sigma.norm()
 
 
@@ -260,13 +275,11 @@ def sigmas(weights, i) -> dict:
     return {name: svds[i][1] for name, svds in weights.svd.items() if svds[i][1][0] > 0}
 
 
-def spectra(weights, i, gaussian) -> dict:
-    """5: a metric's mean and standard deviation over matrices, and its mean over Gaussian ones of the same norms.
-
-    gaussian: name -> `gaussian_sigma` of the matrix's shape.
-    """
-    rows = [spectral_metrics(sigma) for sigma in sigmas(weights, i).values()]
-    null = [spectral_metrics(gaussian[name] * sigma.norm()) for name, sigma in sigmas(weights, i).items()]
+def spectra(weights, i) -> dict:
+    """5: a metric's mean and standard deviation over matrices, and its mean over Gaussian ones of the same norms."""
+    of = sigmas(weights, i)
+    rows = [spectral_metrics(sigma) for sigma in of.values()]
+    null = [spectral_metrics(gaussian_sigma(weights.shape[name]) * sigma.norm()) for name, sigma in of.items()]
     return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
                 "gaussian": float(np.mean([row[m] for row in null]))} for m in METRICS}
 
@@ -278,9 +291,9 @@ def alignment(weights, i, j):
                     for (U_i, _, Vh_i), (U_j, _, Vh_j) in pairs], axis=0)
 
 
-def walk_alignment(shapes, steps, seed=0):
+def walk_alignment(shapes, steps):
     """6: the same for random walks of equal Gaussian steps in matrices of these shapes: (len(steps), 20)."""
-    rng, by_shape = torch.Generator().manual_seed(seed), {}
+    rng, by_shape = torch.Generator().manual_seed(0), {}
     for shape in dict.fromkeys(shapes):
         at, svds = torch.zeros(shape), []
         for before, now in zip([0, *steps], steps):
@@ -358,11 +371,12 @@ def scaled_to(update, size) -> dict:
     return {name: factor * d for name, d in update.items()}
 
 
-def interventions(base, deltas, svds, run, common_norm, num_layers) -> dict:
-    """{what: function that makes the weights to be measured}. deltas: ΔW as a dict, a checkpoint of the run each."""
-    final, trained = deltas[-1], add(base, deltas[-1])
+def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
+    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
+    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
+    trained = add(base, final)
     jobs = {("alpha", alpha): lambda alpha=alpha: add(base, final, alpha) for alpha in ALPHAS[:-1]}
-    jobs |= {("step", step): lambda delta=delta: add(base, delta) for step, delta in zip(run.steps, deltas)}
+    jobs |= {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
     for part in ("mlp", "attention"):
         for layer in range(num_layers):
             piece = window(final, layer, window_width(num_layers), part)
@@ -372,22 +386,29 @@ def interventions(base, deltas, svds, run, common_norm, num_layers) -> dict:
                                         for name, w in trained.items()}
     jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}
     jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
-    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(deltas[i], final, beta))
+    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
              for i in {0, run.early} for beta in BETAS}
     return jobs
 
 
+@torch.no_grad()
+def put(model, weights):
+    """Copy weights into the model by name; a tied head is no entry of its own."""
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+
+
 def measure_with(model, teacher, task, problems):
     """-> measure(weights) = (accuracy, KL(π || π*) in nats a token), always under the same random numbers."""
-    parameters, prompts = dict(model.named_parameters()), [task.encode(p) for p in problems[:KL_ANSWERS]]
+    prompts = [task.encode(p) for p in problems[:KL_ANSWERS]]
 
     @torch.no_grad()
     def measure(weights):
-        for name, p in parameters.items():
-            p.copy_(weights[name])
+        put(model, weights)
         right, answers = evaluate(model, task, problems)
         batch = pack(prompts, answers[:KL_ANSWERS], model.device)
-        return right, reverse_kl(model(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.mask).item()
+        parts, n = split(batch, 8), int(batch.mask.sum())    # never all logits of a large vocabulary at once
+        return right, sum(kl_of(model, teacher, states(model, b), states(teacher, b), n).item() for b in parts)
     return measure
 
 
@@ -406,10 +427,8 @@ class Study(NamedTuple):
     @property
     def groups(self) -> dict:
         """{label: its Runs}, in order."""
-        groups = {}
-        for run in self.runs:
-            groups.setdefault(run.label, []).append(run)
-        return groups
+        labels = dict.fromkeys(run.label for run in self.runs)
+        return {label: [run for run in self.runs if run.label == label] for label in labels}
 
     def each(self, f) -> dict:
         """{label: mean and 95% interval over seeds of f(run)}; None where f has no answer."""
@@ -430,64 +449,61 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # two-sided qu
 def interval(values):
     """{mean, half: half the 95% t interval of the mean (None for a single value), n}; None without values."""
     values = [v for v in values if v is not None]
-    if not values:
+    if not (n := len(values)):
         return None
-    n = len(values)
     half = None if n == 1 else float((T_95[n - 2] if n < 11 else 2.2) * np.std(values, ddof=1) / n ** 0.5)
     return {"mean": float(np.mean(values)), "half": half, "n": n}
 
 
 def say(stats, form="{:.2f}") -> str:
-    words = {label: "±".join(form.format(s[what]) for what in ("mean", "half") if s[what] is not None) if s else "-"
-             for label, s in stats.items()}
-    return ", ".join(f"{label} {word}" for label, word in words.items())
+    return ", ".join(f"{label} " + ("±".join(form.format(s[what]) for what in ("mean", "half") if s[what] is not None)
+                                    if s else "-") for label, s in stats.items())
 
 
 def canvas(title, *panels, height=3.6):
     """A figure of README width (9 inches) and its panels: (title, x label, y label) each."""
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8})
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = plt.subplots(1, len(panels), figsize=(9, height), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=10.5, fontweight="bold")
     for axis, (name, x, y) in zip(axes[0], panels):
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
+        axis.set(title=name, xlabel=x, ylabel=y)
     return figure, axes[0]
 
 
-def save(figure, study, name):
-    for axis in figure.axes:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    figure.savefig(study.out_dir / name, dpi=150)
+def save(figure, path):
+    """With one legend for all panels, below them: there it covers no curve."""
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", fontsize=8,
+                      ncols=max(1, 150 // (8 + max(map(len, handles)))))         # some 150 characters fit in a row
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def draw(axis, study, f, dashed=False, named=False, marker="."):
     """f(run) = (xs, ys) of every method: the mean over seeds as a line, its 95% interval as a band."""
     for i, (label, group) in enumerate(study.groups.items()):
-        xs = np.mean([f(run)[0] for run in group], axis=0)
-        ys = [interval(column) for column in zip(*(f(run)[1] for run in group))]
-        mean, half = (np.array([y[what] or 0 for y in ys]) for what in ("mean", "half"))
+        seeds = list(map(f, group))
+        xs, stats = np.mean([x for x, _ in seeds], axis=0), [interval(column) for column in zip(*(y for _, y in seeds))]
+        mean, half = (np.array([s[what] or 0 for s in stats]) for what in ("mean", "half"))
+        low = np.maximum(mean - half, mean / 10) if axis.get_yscale() == "log" else mean - half
         axis.plot(xs, mean, "--" if dashed else "-", color=f"C{i}", marker=marker, label=label if named else None)
-        axis.fill_between(xs, mean - half, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.fill_between(xs, low, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
 
 
 def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
     for i, s in enumerate(stats.values()):
         axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
-        top = s["mean"] + (s["half"] or 0)
-        axis.text(i + offset, top, form.format(s["mean"]), ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(stats)), [label.replace(", ", "\n").replace(" ", "\n") for label in stats])
+        axis.text(i + offset, s["mean"] + (s["half"] or 0), "  " + form.format(s["mean"]), rotation=90, ha="center",
+                  va="bottom", fontsize=7)
+    axis.set_xticks(range(len(stats)), [label.split(",")[0].replace(" ", "\n") for label in stats], fontsize=7)
     axis.margins(y=0.25)
 
 
 def crossing(xs, ys, target):
     """Where the line through the points first reaches the target; None if it never does."""
-    for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
-        if y0 < target <= y1:
-            return float(x0 + (x1 - x0) * (target - y0) / (y1 - y0))
-    return None
+    return next((float(x0 + (x1 - x0) * (target - y0) / (y1 - y0))
+                 for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]) if y0 < target <= y1), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -523,7 +539,7 @@ def norm_scaling(study):
     draw(axes[1], study, lambda run: (xs * size(run), ys(run)), named=True)
     axes[1].axvline(smallest, color="grey", linestyle=":", label="equal norm")
     axes[1].axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
-    save(figure, study, "1_norm_scaling.png")
+    save(figure, study.out_dir / "1_norm_scaling.png")
     at_norm = study.each(lambda run: float(np.interp(smallest, xs * size(run), ys(run))))
     to_accuracy = study.each(lambda run: crossing(xs * size(run), ys(run), target))
     return (dict(alphas=xs.tolist(), accuracy=study.every(ys), norm=study.each(size), equal_norm=smallest,
@@ -535,29 +551,29 @@ def update_norms(study):
     weights, mlp = study.weights, ("gate", "up", "down")
     layers = 1 + max(module_of(name)[0] for name in weights.svd)
     shares = {run: norm_shares(weights, run.last) for run in study.runs}
+    top = 100 * max(share for of in shares.values() for (layer, _), share in of.items() if layer is not None)
     figure, axes = canvas("2. Share of ‖ΔW‖² by layer and module, in %: where did each method put its update?",
-                          *((label.replace(", ", "\n", 1), "", "layer") for label in study.groups),
+                          *((label.replace(", ", "\n"), "", "layer") for label in study.groups),
                           height=1.8 + 0.16 * max(6, layers))
     for axis, group in zip(axes, study.groups.values()):
         table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
                           for layer in range(layers)])
-        image = axis.imshow(table, aspect="auto", vmin=0)
+        image = axis.imshow(table, aspect="auto", vmin=0, vmax=top)
         axis.grid(False)
         axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
         axis.set_yticks(range(0, layers, 1 if layers <= 12 else 4))
         for (y, x), value in np.ndenumerate(table) if layers <= 12 else ():
             axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                      color="black" if value > table.max() / 2 else "white")
+                      color="black" if value > top / 2 else "white")
         axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
     figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
-    save(figure, study, "2_update_norms.png")
+    save(figure, study.out_dir / "2_update_norms.png")
     in_mlp = study.compared(lambda i: 100 * sum(v for (_, m), v in norm_shares(weights, i).items() if m in mlp))
     embedding = study.compared(lambda i: 100 * norm_shares(weights, i)[None, "embedding"])
     sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
     null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in mlp) / sum(sizes.values())
-    by_name = study.every(lambda run: {f"{m}" if layer is None else f"{layer} {m}": v
-                                       for (layer, m), v in shares[run].items()})
-    return (dict(share=by_name, mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
+    named = study.every(lambda run: {m if at is None else f"{at} {m}": v for (at, m), v in shares[run].items()})
+    return (dict(share=named, mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
             f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
             f"{say(embedding['end'], '{:.1f}')}")
 
@@ -579,8 +595,9 @@ def utility(study):
     def loss(run, *place):                                    # accuracy that the trained model loses without it
         return run.at(-1)[0] - run.accuracy("leave out", *place)
 
-    figure, axes = canvas(f"3. Utility of windows of {2 * width + 1} layer(s): inverted U? MLP (solid) above attention "
-                          "(dashed)?", *((name, "centre of the window, layer", y) for name, y in (
+    span = f"{2 * width + 1} layers" if width else "one layer"
+    figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
+                          *((name, "centre of the window, layer", y) for name, y in (
                               ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
                               ("leave one out", "accuracy lost"))))
     for axis, f in zip(axes, (gain, worth, loss)):
@@ -589,7 +606,7 @@ def utility(study):
                  dashed=part == "attention", named=part == "mlp" and f is gain)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(0, layers, 1 if layers <= 12 else 4))
-    save(figure, study, "3_utility.png")
+    save(figure, study.out_dir / "3_utility.png")
     # One ranking for all methods, so that what is low does not depend on what a method left alone.
     low = sorted(places, key=lambda place: np.mean([worth(run, *place) for run in study.runs]))[:layers]
     in_low = study.each(lambda run: 100 * sum(size(run, *place, 0) ** 2 for place in low)
@@ -620,7 +637,7 @@ def embeddings(study):
         axes[1].axhline(study.base[0], color="grey", linestyle=":", label="base")
         numbers |= dict(accuracy_as_trained=trained, accuracy_with_base_embeddings=back)
         here += f"; accuracy with the base's put back: {say(back)} (as trained: {say(trained)})"
-    save(figure, study, "4_embeddings.png")
+    save(figure, study.out_dir / "4_embeddings.png")
     return numbers, here
 
 
@@ -628,7 +645,7 @@ def spectrum(study):
     weights, grid = study.weights, np.linspace(0, 1, 101)
     gaussian = {name: gaussian_sigma(weights.shape[name]) for name in weights.svd}
     rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
-    rows = {i: spectra(weights, i, gaussian) for point in study.picks.values() for i in point.values()}
+    rows = {i: spectra(weights, i) for point in study.picks.values() for i in point.values()}
     table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "sd", "gaussian")}
              for metric in METRICS}
 
@@ -638,18 +655,18 @@ def spectrum(study):
     other = list(study.picks)[-1]                             # equal accuracy; from weights alone the end itself
     figure, axes = canvas("5. Spectra of ΔW, concentrated: steep on the left, high in the middle, low on the right",
                           ("singular values, mean over matrices", "i / r", "σ$_i$ / ‖ΔW‖$_F$"),
-                          (f"spectral ratio (pale: at {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
-                          (f"effective rank (pale: at {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
+                          (f"spectral ratio (pale: {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
+                          (f"effective rank (pale: {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
+    axes[0].set_yscale("log")
     draw(axes[0], study, lambda run: (grid, level(sigmas(weights, run.last))), named=True, marker="")
     axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
-    axes[0].set_yscale("log")
     axes[0].set_ylim(bottom=1e-3)
     for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
         bars(axis, study, table[metric]["mean"]["end"], form, offset=-0.2, width=0.4)
         bars(axis, study, table[metric]["mean"][other], form, offset=0.2, width=0.4, alpha=0.4)
         null = table[metric]["gaussian"]["end"][study.runs[0].label]["mean"]
         axis.axhline(null, color="black", linestyle=":", label="Gaussian")
-    save(figure, study, "5_spectra.png")
+    save(figure, study.out_dir / "5_spectra.png")
     ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
     return (dict(mean_rank=rank) | table,
             f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
@@ -680,7 +697,7 @@ def directions(study):
     axes[2].axhline(0, color="black", linewidth=0.8)
     axes[0].set_xscale("log", base=2)
     axes[2].set_xscale("log", base=2)
-    save(figure, study, "6_alignment.png")
+    save(figure, study.out_dir / "6_alignment.png")
     paper = study.each(lambda run: float(by_k[run][run.early].mean()))
     end, rest = (study.each(lambda run: cosine(run, to)[run.early]) for to in (0, 1))
     runs = study.every(lambda run: dict(steps=run.steps, early_step=run.steps[run.early],
@@ -712,13 +729,12 @@ def low_rank(study):
     draw(axes[2], study, lambda run: (TOP, kept(sigmas(study.weights, run.last))))
     gaussian = {name: gaussian_sigma(study.weights.shape[name]) for name in study.weights.svd}
     axes[2].plot(TOP, kept(gaussian), "k:", label="Gaussian")
-    axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian update")
+    axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian")
     axes[1].axhline(study.base[0], color="grey", linestyle="--", linewidth=1, label="base")
     for axis in (axes[0], axes[2]):
-        axis.set_xscale("log")
-        axis.set_xticks(TOP, TOP)
+        axis.set(xscale="log", xticks=TOP, xticklabels=TOP)
         axis.minorticks_off()
-    save(figure, study, "7_low_rank.png")
+    save(figure, study.out_dir / "7_low_rank.png")
     ten, base = TOP.index(10), study.base[0]
     share = study.each(lambda run: 100 * top(run)[ten] / max(top(run)[-1], 1e-9))
     gain = study.each(lambda run: 100 * (top(run)[ten] - base) / (top(run)[-1] - base) if top(run)[-1] > base else None)
@@ -739,14 +755,14 @@ def early_rescaled(study):
 
     figure, axes = canvas("8. An early update stretched to the final norm (β = 1): is it as good as the end (dotted)?",
                           ("solid: ΔW at 10% of training; dashed: at step 1", "β", "accuracy"),
-                          ("the same", "β", "KL to the teacher, nats a token"))
+                          ("the same (bands end at a tenth of the mean)", "β", "KL to the teacher, nats a token"))
+    axes[1].set_yscale("log")
     for what, axis in enumerate(axes):
         draw(axis, study, lambda run: (betas, ys(run, run.early, what)), named=what == 0)
         draw(axis, study, lambda run: (betas, ys(run, 0, what)), dashed=True)
         for i, s in enumerate(study.each(lambda run: run.at(-1)[what]).values()):
             axis.axhline(s["mean"], color=f"C{i}", linestyle=":")
-    axes[1].set_yscale("log")
-    save(figure, study, "8_early_rescaled.png")
+    save(figure, study.out_dir / "8_early_rescaled.png")
     share = study.each(lambda run: 100 * ys(run, run.early, 0)[one] / max(run.at(-1)[0], 1e-9))
     first = study.each(lambda run: 100 * ys(run, 0, 0)[one] / max(run.at(-1)[0], 1e-9))
     best = study.each(lambda run: betas[int(np.argmax(ys(run, run.early, 0)))])
@@ -781,7 +797,7 @@ def paths(study):
     axes[0].plot(*coordinates[0, :2], "k*", markersize=12)
     bars(axes[1], study, explained, "{:.0f}")
     axes[1].axhline(null, color="black", linestyle=":", label="random walk")
-    save(figure, study, "9_paths.png")
+    save(figure, study.out_dir / "9_paths.png")
     return (dict(explained_percent=explained, random_walk_percent=null,
                  coordinates=study.every(lambda run: coordinates[on[run], :2].tolist())),
             f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
@@ -790,127 +806,110 @@ def paths(study):
 # ----------------------------------------------------------------------------------------------------------------
 # 10: what would a D_v of another size have decided? All candidates of a run's searches, scored on a large one.
 
-def searches_of(directory: Path, config):
-    """Each search of an EffOPD run again, exactly: yields (its record, W_t, Δ), weights as dicts by name."""
-    if config.data or config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
-            config.utility_gate or config.direction != "update" or config.candidates == "line"):
-        raise ValueError(f"{directory}: --dv needs an EffOPD run of the built-in task, along Δ, at the powers of two")
-    kept = None
+def searches_of(directory: Path, moved):
+    """Each search of an EffOPD run again, exactly: (its record, W_t, Δ of what it moved), weights as dicts by name."""
+    kept = Checkpoint(directory / "checkpoints" / "step_000000").weights()
     for line in (directory / "search.jsonl").read_text().splitlines():
-        record, before = json.loads(line), Checkpoint(directory / "checkpoints" / "step_000000")
-        point = Checkpoint(directory / "checkpoints" / f"step_{record['step']:06d}")     # saved before the jump
-        now = {name: point.read(name) for name in point.slices}
-        kept = kept or {name: before.read(name) for name in before.slices}
-        delta = {name: w - kept[name] for name, w in now.items() if config.scope == "all" or w.ndim >= 2 and any(
-            part in name.lower() for part in SCOPES[config.scope])}
+        record = json.loads(line)
+        now = Checkpoint(directory / "checkpoints" / f"step_{record['step']:06d}").weights()     # saved before the jump
+        delta = {name: now[name] - kept[name] for name in moved}
         yield record, now, delta
         kept = add(now, delta, record["multiple"])
-
-
-def marks(model, task, problems, seed):
-    """Whether one sampled answer to each problem is right: (n,) of 0.0 and 1.0. seed: of the random numbers."""
-    right = []
-    for i in range(0, len(problems), 500):
-        some, generator = problems[i:i + 500], torch.Generator(model.device).manual_seed(seed * 1_000_003 + i)
-        right += [task.is_correct(p, task.decode(a)) for p, a in zip(some, answer(model, task, some, generator))]
-    return np.array(right, dtype=float)
 
 
 def decisions(right, again, size, draws=1000) -> dict:
     """What a search decides by a D_v of this size, drawn `draws` times from N problems: counts, to be added up.
 
-    right (1 + candidates, N): `marks` of W_t and of its candidates, under the same random numbers; again (N,): of W_t
-    under others. The truth is the score on all N; strictly higher is accepted.
+    right (1 + candidates, N): 1.0 where W_t's, and each candidate's, answer is right, under the same random numbers;
+    again (N,): W_t's under others. The truth is the score on all N; strictly higher is accepted.
     """
     N, truth = right.shape[1], right.mean(1)
     drawn = np.random.default_rng(0).random((draws, N)).argpartition(size, axis=1)[:, :size]         # (draws, size)
     scores = right[:, drawn].mean(-1)                                            # (1 + candidates, draws)
-    higher, better = scores[1:] > scores[:-1], truth[1:] > truth[:-1]            # (candidates, draws), (candidates,)
+    higher, better = scores[1:] > scores[:-1], (truth[1:] > truth[:-1])[:, None]           # (candidates, draws or 1)
     asked = np.vstack([np.ones((1, draws), dtype=bool), np.logical_and.accumulate(higher)[:-1]])     # scored at all
     kept = (asked & higher).sum(0)                                               # (draws,) 0: W_t
     ideal = np.logical_and.accumulate(better).sum()                              # what all N problems keep
     score = scores[kept, np.arange(draws)]
     fresh = (right.sum(1)[kept] - size * score) / (N - size)                     # on the problems not in D_v
-    null = again[drawn].mean(-1)
-    better = better[:, None]
     return dict(worse_asked=(asked & ~better).sum(), worse_accepted=(asked & ~better & higher).sum(),
                 better_asked=(asked & better).sum(), better_rejected=(asked & better & ~higher).sum(),
                 jumps=(kept > 0).sum(), curse=(score - fresh)[kept > 0].sum(), draws=draws,
-                lost=(truth[ideal] - truth[kept]).sum(), null_higher=(null > scores[0]).sum())
+                lost=(truth[ideal] - truth[kept]).sum(), null_higher=(again[drawn].mean(-1) > scores[0]).sum())
 
 
-RATES = {  # name: (what over what of `decisions`, what it is)
-    "false_accepts": ("worse_accepted", "worse_asked", "of the candidates that are no better, accepted"),
-    "false_rejects": ("better_rejected", "better_asked", "of those that are better, rejected"),
-    "accuracy_lost": ("lost", "draws", "accuracy that a search ends below the one by all problems"),
-    "curse": ("curse", "jumps", "score of what was kept, minus its score on fresh problems"),
-    "null_accepted": ("null_higher", "draws", "of candidates that are W_t itself, accepted under other random numbers")}
+RATES = {  # name: (what over what of `decisions`, what it is in the figure, in the table)
+    "false_accepts": ("worse_accepted", "worse_asked", "no better, accepted",
+                      "of the candidates that are no better, accepted"),
+    "false_rejects": ("better_rejected", "better_asked", "better, rejected", "of those that are better, rejected"),
+    "accuracy_lost": ("lost", "draws", "accuracy lost", "accuracy that a search ends below the one by all problems"),
+    "curse": ("curse", "jumps", "winning score too high", "score of what was kept, minus its score on fresh problems"),
+    "null_accepted": ("null_higher", "draws", "W$_t$ itself, accepted",
+                      "of candidates that are W_t itself, accepted under other random numbers")}
 
 
-@torch.no_grad()
+def score_run(directory: Path, args):
+    """-> {size: `decisions` of all its searches}, and how much too high each jump's score was in the run itself."""
+    config = read_config(directory)
+    if config.data or config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
+            config.utility_gate or config.direction != "update" or config.candidates == "line"):
+        raise ValueError(f"{directory}: --dv needs an EffOPD run of the built-in task, along Δ, at the powers of two")
+    config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
+    task = Chains(config.num_ops, config.digits)
+    model, _ = load_models(config, task)
+    problems = task.problems(args.problems, random.Random("large D_v"))
+    effopd = EffOPD(model, None, scope=config.scope, candidates=config.candidates, num_candidates=config.num_candidates)
+    counts, curse = {size: Counter() for size in DV_SIZES}, []
+
+    def marks(weights, seed):                                 # (N,) 1.0 where an answer is right
+        put(model, weights)
+        _, answers = evaluate(model, task, problems, seed * 1_000_003)
+        return np.array([task.is_correct(p, task.decode(a)) for p, a in zip(problems, answers)], dtype=float)
+
+    for record, now, delta in tqdm(searches_of(directory, effopd.parameters), desc=str(directory), unit="search"):
+        right = np.array([marks(add(now, delta, multiple), record["step"]) for multiple in (0, *effopd.multiples)])
+        again = marks(now, record["step"] + 500_000)
+        for size in DV_SIZES:
+            counts[size].update(decisions(right, again, size))
+        if record["accepted"]:
+            curse.append(record["scores"][record["accepted"]] - right[record["accepted"]].mean())
+    return counts, curse
+
+
 def dv_size(args, out_dir):
     """10: dv.json, 10_dv_size.png and a table. The runs are seeds of each other; all their candidates are scored."""
-    rates, curse_in_run = {size: defaultdict(list) for size in DV_SIZES}, []
-    for directory in [run for given in args.runs for run in expand(Path(given))]:
-        config = read_config(directory)
-        config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
-        task = Chains(config.num_ops, config.digits)
-        model, _ = load_models(config, task)
-        parameters, problems = dict(model.named_parameters()), task.problems(args.problems, random.Random("large D_v"))
-
-        def score(weights, seed):
-            for name, p in parameters.items():
-                p.copy_(weights[name])
-            return marks(model, task, problems, seed)
-
-        counts, seen = {size: Counter() for size in DV_SIZES}, []
-        multiples = EffOPD(model, None, candidates=config.candidates, num_candidates=config.num_candidates).multiples
-        searches = tqdm(list(searches_of(directory, config)), desc=str(directory), unit="search", dynamic_ncols=True)
-        for record, now, delta in searches:
-            right = np.array([score(add(now, delta, multiple), record["step"]) for multiple in (0, *multiples)])
-            again = score(now, record["step"] + 500_000)
-            for size in DV_SIZES:
-                counts[size].update(decisions(right, again, size))
-            if record["accepted"]:                            # what the run itself saw, and what it got
-                seen.append(record["scores"][record["accepted"]] - right[record["accepted"]].mean())
-        curse_in_run += [float(np.mean(seen))] if seen else []
-        for size, (name, (part, whole, _)) in itertools.product(DV_SIZES, RATES.items()):
-            if counts[size][whole]:
-                rates[size][name].append(float(counts[size][part] / counts[size][whole]))
-    table = {name: {size: bootstrap(rates[size][name]) for size in DV_SIZES if rates[size][name]} for name in RATES}
-    in_run = bootstrap(curse_in_run) if curse_in_run else None
+    table, scored = {}, [score_run(run, args) for given in args.runs for run in expand(Path(given))]
+    for name, (part, whole, *_) in RATES.items():
+        rates = {size: [float(of[size][part] / of[size][whole]) for of, _ in scored if of[size][whole]]
+                 for size in DV_SIZES}
+        table[name] = {size: bootstrap(values) for size, values in rates.items() if values}
+    in_run = [float(np.mean(curse)) for _, curse in scored if curse]
+    in_run = bootstrap(in_run) if in_run else None
     write_json(out_dir / "dv.json", dict(problems=args.problems, runs=args.runs, table=table, curse_in_run=in_run))
     draw_dv(table, out_dir / "10_dv_size.png")
-
-    def say(s):
-        return f"{s['mean']:.3f}" + (f" [{s['low']:.3f}, {s['high']:.3f}]" if s["n"] > 1 else "")
-
     print("| problems in D_v | " + " | ".join(map(str, DV_SIZES)) + " |\n|" + "---|" * (1 + len(DV_SIZES)))
     for name, by_size in table.items():
-        print(f"| {RATES[name][2]} | " + " | ".join(map(say, by_size.values())) + " |")
+        print(f"| {RATES[name][3]} | " + " | ".join(spread(stats, ".3f") for stats in by_size.values()) + " |")
     if in_run:
-        print(f"\nIn the runs themselves, winning score minus fresh score: {say(in_run)}, n = {in_run['n']}")
+        print(f"\nIn the runs themselves, winning score minus fresh score: {spread(in_run, '.3f')}, n = {in_run['n']}")
 
 
 def draw_dv(table, path):
     """table: of dv.json."""
-    figure, axes = canvas("10. How many problems must D_v have? Low is good",
-                          ("wrong decisions", "problems in D_v", "share"),
-                          ("their price", "problems in D_v", "accuracy"))
+    figure, axes = canvas("10. How many problems must D$_v$ have? Low is good",
+                          ("wrong decisions", "problems in D$_v$", "share"),
+                          ("their price", "problems in D$_v$", "accuracy"))
     for i, (name, by_size) in enumerate(table.items()):
-        mean, low, high = (np.array([s["mean"] if s[what] is None else s[what] for s in by_size.values()])
+        mean, low, high = (np.array([s[what] for s in by_size.values()], dtype=float)      # NaN: no interval of one run
                            for what in ("mean", "low", "high"))
-        axis = axes[int(name in ("accuracy_lost", "curse"))]
-        axis.errorbar(list(map(int, by_size)), mean, (mean - low, high - mean), color=f"C{i}", marker=".", capsize=3,
-                      label=name.replace("_", " "))
+        axes[int(name in ("accuracy_lost", "curse"))].errorbar(
+            list(map(int, by_size)), mean, None if np.isnan(low).all() else (mean - low, high - mean), fmt=f"C{i}.-",
+            capsize=3, label=RATES[name][2])
     for axis in axes:
-        axis.set_xscale("log")
-        axis.set_xticks(DV_SIZES, DV_SIZES)
+        axis.set(xscale="log", xticks=DV_SIZES, xticklabels=DV_SIZES)
         axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -919,7 +918,7 @@ def draw_dv(table, path):
 def parse_args(args):
     parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = stop
-    parser.add_argument("runs", nargs="*", help="run or race directories (default: the newest of each method in runs/)")
+    parser.add_argument("runs", nargs="*", help="directories of runs, races or sweeps (default: each method's newest)")
     parser.add_argument("--base", help="a Hugging Face checkpoint's directory: what the others were trained from")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="its later selves' directories, the last one last")
     parser.add_argument("--out_dir", default="analysis", help="for figures and analysis.json (default: analysis)")
@@ -958,39 +957,37 @@ def study_checkpoints(args, out_dir) -> Study:
 def study_runs(args, out_dir) -> Study:
     """Runs of train.py: their weights, then the accuracy of every intervention."""
     base, points, runs, config = load_runs(args.runs or newest_runs())
-    for run in runs:
-        print(f"{run.label}: {run.directory}")
+    print(*(f"{run.label}: {run.directory}" for run in runs), sep="\n")
+    if config.data and not config.teacher:
+        raise ValueError("none of these runs has a teacher to measure the KL to; --base and --checkpoints need none")
     weights = read_weights(base, points, whole={run.last for run in runs})
     config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
     task, model, teacher = load(config)
-    w_0 = {name: base.read(name) for name in base.slices}
+    w_0 = base.weights()
     if not all(torch.equal(p.cpu(), w_0[name]) for name, p in model.named_parameters()):
-        print("warning: --cache_dir does not hold the base of these runs, so its teacher is not theirs either: "
-              "read the KLs with care", file=sys.stderr)
+        print("warning: --cache_dir holds another base than these runs', so another teacher: read the KLs with care",
+              file=sys.stderr)
     measure = measure_with(model, teacher, task, evaluation_problems(config, task)[:args.problems])
-
     common_norm = min(norm(weights, run.last, weights.svd) for run in runs)      # the smallest: no one is stretched
     rng = torch.Generator().manual_seed(0)
     noise = scaled_to({name: torch.randn(weights.shape[name], generator=rng) for name in weights.svd}, common_norm)
     at_base, at_noise = measure(w_0), measure(add(w_0, noise))
     for run in runs:
-        deltas = [{name: points[i].read(name) - w for name, w in w_0.items()} for i in run.points]
         svds = {name: of[run.last] for name, of in weights.svd.items()}
-        jobs = interventions(w_0, deltas, svds, run, common_norm, model.config.num_hidden_layers)
+        jobs = interventions(w_0, lambda i, run=run: add(points[run.points[i]].weights(), w_0, -1.0), svds, run,
+                             common_norm, model.config.num_hidden_layers)
         bar = tqdm(jobs.items(), desc=run.label, unit="accuracy", dynamic_ncols=True)
         run.measured = {what: tuple(measure(make())) for what, make in bar}
 
     def nearest(value, target):                               # {run: the point whose value is nearest to the target}
         return {run: run.points[min(range(len(run.steps)), key=lambda i: abs(value(run, i) - target))] for run in runs}
 
-    def size(run, i):
-        return norm(weights, run.points[i])
-
     study = Study(weights, runs, at_base, at_noise, {}, out_dir)
     reached = min(s["mean"] for s in study.each(lambda run: run.at(-1)[0]).values())
     study.picks.update({"end": {run: run.last for run in runs},
                         "equal steps": nearest(lambda run, i: run.steps[i], min(run.steps[-1] for run in runs)),
-                        "equal norm": nearest(size, min(size(run, -1) for run in runs)),
+                        "equal norm": nearest(lambda run, i: norm(weights, run.points[i]),
+                                              min(norm(weights, run.last) for run in runs)),
                         "equal accuracy": nearest(lambda run, i: run.at(i)[0], reached)})
     return study
 

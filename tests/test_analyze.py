@@ -5,18 +5,24 @@ import json
 import math
 import random
 import shutil
+import weakref
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 import analyze
+import effopd
 from analyze import Checkpoint, add, cosines, matrices, principal_components, read_weights, rescaled, truncated, window
-from effopd import module_of, module_utility, singular_values, spectral_metrics, subspace_alignment, undisturbed
+from effopd import (module_of, module_utility, reverse_kl, singular_values, spectral_metrics, subspace_alignment,
+                    undisturbed)
 from model import GPT, GPTConfig
-from train import Chains, Config, Score, distil, evaluation_problems, load_models
+from train import Chains, Config, Score, answer, distil, evaluate, evaluation_problems, load_models, pack, spread
 
 TOY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_ops=1, base_steps=4,
            teacher_steps=2, base_batch_size=8, steps=5, batch_size=6, group_size=3, eval_size=10, dv_size=5,
@@ -334,7 +340,7 @@ def test_interventions_start_and_end_where_they_should(update):
     svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in matrices(delta).items()}
     halves = {name: d / 2 for name, d in delta.items()}
     run = analyze.Run("x", None, [1, 10], range(2))
-    jobs = analyze.interventions(base, [halves, delta], svds, run, 0.5, num_layers=2)
+    jobs = analyze.interventions(base, [halves, delta].__getitem__, svds, run, 0.5, num_layers=2)
     trained = add(base, delta)
     close(jobs["step", 10](), trained)
     close(jobs["step", 1](), add(base, halves))
@@ -354,12 +360,130 @@ def test_interventions_start_and_end_where_they_should(update):
     assert analyze.Run("x", None, [1], range(1)).early == 0
 
 
+def test_interventions_keep_no_update_but_the_last(update):
+    base, delta = update
+    svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in matrices(delta).items()}
+    read, name = [], "model.norm.weight"
+
+    def delta_at(i):
+        piece = {n: (i + 1) / 3 * d for n, d in delta.items()}
+        read.append((i, weakref.ref(piece[name])))
+        return piece
+
+    jobs = analyze.interventions(base, delta_at, svds, analyze.Run("x", None, [1, 2, 20], range(3)), 0.5, num_layers=2)
+    assert [i for i, _ in read] == [2]
+    for what, make in jobs.items():
+        make()
+        assert not any(alive() is not None for _, alive in read[1:]), what
+    assert {i for i, _ in read} == {0, 1, 2} and read[0][1]() is not None
+
+
+def test_the_kl_is_that_of_all_logits_without_ever_holding_them(runs, monkeypatch):
+    config = Config(**TOY, cache_dir=str(runs / "cache"))
+    task = Chains(config.num_ops, config.digits)
+    student, teacher = load_models(config, task)
+    problems = task.problems(20, random.Random(0))
+    weights = {name: p.detach() * 1.1 for name, p in student.named_parameters()}
+    most = 0
+
+    class Logits(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal most
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (task.vocab_size,):
+                most = max(most, out.numel() // task.vocab_size)
+            return out
+
+    monkeypatch.setattr(effopd, "rows_at_once", lambda head: 20)
+    with Logits():
+        right, kl = analyze.measure_with(student, teacher, task, problems)(weights)
+    assert 0 < most <= 20                                     # 20 prompts, and as many tokens at a time
+    assert all(torch.equal(p, weights[name]) for name, p in student.named_parameters())
+    expected, answers = evaluate(student, task, problems)
+    batch = pack([task.encode(p) for p in problems], answers, "cpu")
+    whole = reverse_kl(student(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.mask)
+    assert batch.mask.sum() > 60 and right == expected and kl == pytest.approx(whole.item(), rel=1e-5)
+    with pytest.raises(KeyError):
+        analyze.put(student, {name: w for name, w in weights.items() if "norm" not in name})
+
+
 def test_statistics_by_hand():
+    assert spread(dict(mean=0.12345, low=0.1, high=2, n=3), ".2f") == "0.12 [0.10, 2.00]"
+    assert spread(dict(mean=1234.5, low=None, high=None, n=1), ",.0f") == "1,234"
     assert analyze.interval([2.0]) == {"mean": 2.0, "half": None, "n": 1} and analyze.interval([None]) is None
     three = analyze.interval([1.0, 2.0, None, 3.0])           # sd 1, t(2) = 4.303, sqrt(3)
     assert three["mean"] == 2 and three["n"] == 3 and three["half"] == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
     assert analyze.crossing([0, 1, 2], [0.4, 0.6, 0.8], 0.7) == pytest.approx(1.5)
     assert analyze.crossing([0, 1], [0.4, 0.6], 0.7) is None
+
+
+# Drawing.
+
+@pytest.fixture
+def study(tmp_path):
+    """Four settings, two seeds each."""
+    labels = ("OPD", *(f"EffOPD, candidates doubling, dv_size {size}, lr 0.0003" for size in (10, 100, 1000)))
+    runs = [analyze.Run(label, Path(f"{label}{seed}"), [1], range(1)) for label in labels for seed in (0, 1)]
+    return analyze.Study(None, runs, (), (), {}, tmp_path)
+
+
+def boxes(figure, artists):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return [artist.get_tightbbox(canvas.get_renderer()) for artist in artists]
+
+
+def test_the_legend_covers_no_panel_and_bars_labels_do_not_touch(study, tmp_path):
+    figure, axes = analyze.canvas("title", *[("panel", "x", "y")] * 3)
+    stats = study.each(lambda run: 0.55)
+    for axis in axes:
+        analyze.bars(axis, study, stats, offset=-0.2, width=0.4)
+        analyze.bars(axis, study, stats, offset=0.2, width=0.4, alpha=0.4)
+    analyze.draw(axes[0], study, lambda run: ([0, 1], [0, 1]), named=True)
+    axes[1].axhline(0.5, label="null")
+    axes[2].axhline(0.5, label="null")
+    analyze.save(figure, tmp_path / "figure.png")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*study.groups, "null"]
+    (legend,) = boxes(figure, [legend])
+    assert legend.x0 > 0 and legend.x1 < figure.bbox.x1 and not any(map(legend.overlaps, boxes(figure, axes)))
+    for axis in axes:
+        labels = boxes(figure, axis.texts)
+        assert len(labels) == 8 and not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
+
+
+def test_a_band_stays_on_a_logarithmic_axis(study):
+    _, (plain, log) = analyze.canvas("title", *[("panel", "x", "y")] * 2)
+    log.set_yscale("log")
+    asked = []
+
+    def f(run):                                               # seeds far apart: the interval reaches below zero
+        asked.append(run)
+        return [1, 2], [0.1, 1.0] if run.directory.name.endswith("0") else [0.2, 3.0]
+
+    for axis in (plain, log):
+        analyze.draw(axis, study, f)
+    assert len(asked) == 2 * len(study.runs)                  # each is asked once
+    low = [min(path.vertices[:, 1].min() for band in axis.collections for path in band.get_paths())
+           for axis in (plain, log)]
+    assert low[0] < 0 and low[1] == pytest.approx(0.015)      # a tenth of the mean
+
+
+def test_the_figure_of_dv_in_plain_words(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(analyze.plt, "close", figures.append)
+    one, five = dict(mean=0.3, low=None, high=None, n=1), dict(mean=0.3, low=0.2, high=0.5, n=5)
+    for stats in (one, five):
+        analyze.draw_dv({name: {str(size): stats for size in analyze.DV_SIZES} for name in analyze.RATES},
+                        tmp_path / "dv.png")
+        words = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert not {"curse", "null accepted", "false accepts"} & set(words) and len(set(words)) == 5
+        assert max(map(len, words)) < 30
+        caps = [line for axis in figures[-1].axes for line in axis.lines if line.get_marker() in ("_", "|")]
+        assert len(caps) == (0 if stats["n"] == 1 else 10)
+    monkeypatch.undo()
+    for figure in figures:
+        analyze.plt.close(figure)
 
 
 # The size of D_v.
@@ -416,7 +540,8 @@ def test_searches_are_rebuilt_to_the_bit(runs):
         distil(config, task, student, teacher, directory, "EffOPD")
         score = Score(config, task, teacher, task.problems(config.dv_size, random.Random("D_v 3"),
                                                            set(evaluation_problems(config, task))))
-        searches = list(analyze.searches_of(directory, config))
+        moved = [name for name in dict(student.named_parameters()) if "proj" in name]
+        searches = list(analyze.searches_of(directory, moved))
         assert [record["step"] for record, _, _ in searches] == [1, 2, 4]
         for record, now, delta in searches:
             assert record["multiple"] == 4 and record["scores"][0] != record["scores"][1]
@@ -424,10 +549,47 @@ def test_searches_are_rebuilt_to_the_bit(runs):
                 student.load_state_dict(add(now, delta, multiple), strict=False)
                 with undisturbed(student, seed=3 * 1_000_003 + record["step"]):
                     assert score(student) == expected
-        with pytest.raises(ValueError, match="powers of two"):
-            list(analyze.searches_of(directory, Config(**TOY, method="effopd", search_every=1)))
     finally:
         shutil.rmtree(directory)
+
+
+def test_an_evaluations_chunks_are_seeded_by_their_start(runs):
+    config = Config(**TOY, cache_dir=str(runs / "cache"))
+    task = Chains(config.num_ops, config.digits, rollout_batch_size=4)
+    student, _ = load_models(config, task)
+    problems = task.problems(10, random.Random(0))
+    for seed in (0, 7_000_021):
+        expected = [a for i in (0, 4, 8) for a in answer(student, task, problems[i:i + 4],
+                                                         torch.Generator().manual_seed(seed + i))]
+        assert evaluate(student, task, problems, seed)[1] == expected
+    assert evaluate(student, task, problems) == evaluate(student, task, problems, 0)
+    assert evaluate(student, task, problems, 0)[1] != expected
+
+
+def test_the_random_numbers_behind_the_published_sizes_of_dv(runs, monkeypatch):
+    """A candidate's marks are under search step * 1,000,003 + the place of the chunk of 500; W_t's again, others."""
+    asked = []
+
+    def fake(model, task, problems, seed):
+        asked.append((seed, len(problems), task.rollout_batch_size))
+        return 1.0, [task.encode_answer(task.solve(p)) for p in problems]
+
+    monkeypatch.setattr(analyze, "evaluate", fake)
+    args = analyze.parse_args(["--dv", "x", "--problems", "401"])
+    counts, _ = analyze.score_run(runs / "runs" / "effopd-s0", args)
+    steps = [json.loads(line)["step"] for line in (runs / "runs" / "effopd-s0" / "search.jsonl").open()]
+    assert steps == [1, 2, 4] and {of["draws"] for of in counts.values()} == {3000}
+    assert asked == [(seed * 1_000_003, 401, 500) for step in steps for seed in [step] * 6 + [step + 500_000]]
+
+
+@pytest.mark.parametrize("setting", [dict(search_every=1), dict(first_trigger=3), dict(direction="random"),
+                                     dict(candidates="line"), dict(data=__file__, student="s", teacher="t")])
+def test_runs_that_the_size_of_dv_cannot_be_asked_of(setting, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(TOY | dict(method="effopd") | setting))
+    with pytest.raises(SystemExit):
+        analyze.main(["--dv", str(tmp_path / "run"), "--out_dir", str(tmp_path)])
+    assert "powers of two" in capsys.readouterr().err
 
 
 def test_the_size_of_dv_from_end_to_end(runs, capsys):
@@ -447,11 +609,15 @@ def test_the_size_of_dv_from_end_to_end(runs, capsys):
 
 # From end to end.
 
-def test_everything_from_four_runs(runs, capsys):
-    out = runs / "analysis"
+def test_everything_from_four_runs(runs, monkeypatch, capsys):
+    out, figures, close = runs / "analysis", [], analyze.plt.close
+    monkeypatch.setattr(analyze.plt, "close", lambda figure: (figures.append(figure), close(figure)))
     analyze.main([*(str(runs / "runs" / r) for r in ("sft-s0", "opd-s0", "opd-s1", "effopd-s0")), "--out_dir", str(out),
                   "--problems", "20"])
     said, warned = capsys.readouterr()
+    titles = [figure.get_suptitle() for figure in figures]
+    assert len(titles) == 9 and "windows of one layer:" in titles[2]
+    (scale,) = {image.get_clim() for axis in figures[1].axes for image in axis.images}             # one colour bar
     assert said.count("paper says") == said.count("these runs") == 9 and "warning" not in warned
     results = json.loads((out / "analysis.json").read_text(), parse_constant=lambda s: pytest.fail(f"{s} in the JSON"))
     assert set(results["compared_steps"]) == {"end", "equal steps", "equal accuracy", "equal norm"}
@@ -482,9 +648,74 @@ def test_the_newest_run_of_each_method(runs, monkeypatch, capsys):
     assert "python train.py --method rl" in said and "--method effopd" in said and "--method sft" not in said
 
 
-def test_a_race_is_its_runs(runs):
-    assert [run.name for run in analyze.expand(runs / "runs")] == ["effopd-s0", "opd-s0", "opd-s1", "sft-s0"]
+def copied(runs, name, directory, **settings):
+    """A run of the fixture, elsewhere, with other settings written down."""
+    shutil.copytree(runs / "runs" / name, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | settings))
+    return directory
+
+
+def test_a_race_and_a_sweep_are_their_runs(runs, tmp_path):
+    race, sweep = tmp_path / "race", tmp_path / "sweep"
+    for name in ("opd", "effopd"):
+        copied(runs, f"{name}-s0", race / name)
+    for seed in (0, 1):
+        copied(runs, f"opd-s{seed}", sweep / f"method=opd,seed={seed}")
+    (race / "config.json").write_text(json.dumps(TOY | dict(method="race")))
+    (race / "summary.json").write_text("{}")
+    (sweep / "sweep.json").write_text("{}")
+    assert analyze.expand(race) == [race / "effopd", race / "opd"]
+    assert analyze.expand(sweep) == [sweep / "method=opd,seed=0", sweep / "method=opd,seed=1"]
     assert analyze.expand(runs / "runs" / "sft-s0") == [runs / "runs" / "sft-s0"]
+    assert [run.label for run in analyze.load_runs([race, sweep])[2]] == ["OPD"] * 3 + ["EffOPD batch_kl"]
+    shutil.rmtree(race / "opd" / "checkpoints" / "final")
+    with pytest.raises(ValueError, match="race/opd holds no finished run"):
+        analyze.expand(race)
+
+
+def test_bases_are_compared_without_being_read_whole(runs, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"all of {path} was read at once"))
+    assert analyze.same_base(runs / "runs" / "opd-s0", runs / "runs" / "sft-s0")
+
+
+def test_runs_that_differ_in_a_setting_are_no_seeds():
+    def labels(*settings):
+        return list(analyze.labels_of({i: Config(**TOY | s) for i, s in enumerate(settings)}).values())
+
+    opd, effopd = dict(method="opd"), dict(method="effopd")
+    four = opd, effopd, dict(method="rl", lr=3e-4), dict(method="sft", steps=7)
+    assert labels(*four) == ["OPD", "EffOPD", "RL", "SFT"]
+    assert labels(opd | dict(seed=1, out_dir="a", save_every=3, keep_last=2, offload=True, eval_every=1),
+                  opd | dict(dv_size=9)) == ["OPD", "OPD"]    # OPD has no D_v
+    assert labels(opd, opd | dict(lr=1e-3), effopd) == ["OPD, lr 0.01", "OPD, lr 0.001", "EffOPD"]
+    assert labels(effopd, effopd | dict(candidates="doubling", seed=1), effopd | dict(score="batch_kl"), effopd) == [
+        "EffOPD, candidates linear", "EffOPD, candidates doubling", "EffOPD batch_kl", "EffOPD, candidates linear"]
+    for other in (dict(loss="sampled"), dict(batch_size=12), dict(gap="habit"), dict(teacher_steps=3)):
+        assert len(set(labels(opd, opd | other))) == 2
+    for other in (dict(dv_size=9), dict(scope="mlp"), dict(accept="ge"), dict(first_trigger=2), dict(search_every=3)):
+        assert len(set(labels(effopd, effopd | other))) == 2
+
+
+def test_seeds_with_other_checkpoints_have_no_mean(runs, tmp_path, capsys):
+    other = copied(runs, "opd-s1", tmp_path / "other", keep_last=1)
+    shutil.rmtree(other / "checkpoints" / "step_000002")
+    with pytest.raises(SystemExit):
+        analyze.main([str(runs / "runs" / "opd-s0"), str(other), "--out_dir", str(tmp_path / "out")])
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("analyze.py: ") and "--keep_last" in said and str(other) in said
+
+
+def test_runs_without_a_teacher(runs, tmp_path, capsys):
+    """--method sft --data may have none; then another run's serves, and without any the SVDs are not even begun."""
+    real = dict(data=__file__, student="somewhere")
+    alone = copied(runs, "sft-s0", tmp_path / "alone", **real, teacher="")
+    taught = copied(runs, "opd-s0", tmp_path / "taught", **real, teacher="elsewhere")
+    assert analyze.load_runs([alone, taught])[3].teacher == analyze.load_runs([taught])[3].teacher == "elsewhere"
+    with pytest.raises(SystemExit):
+        analyze.main([str(alone), "--out_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().err.strip() == ("analyze.py: none of these runs has a teacher to measure the KL to; "
+                                               "--base and --checkpoints need none")
 
 
 def test_weights_alone(pair, tmp_path, capsys):
