@@ -283,61 +283,35 @@ class EffOPD:
             return None
         start = time.perf_counter()
         reshard(self.model)
-        current = self.copy_weights()                         # W_t
-        random_state = (self.seed * 1_000_003 + t) % 2 ** 63
+        current, seed = self.copy_weights(), (self.seed * 1_000_003 + t) % 2 ** 63         # W_t
         delta = [now - before for now, before in zip(current, self.previous)]
         if self.direction != "update":
-            with undisturbed(self.model, seed=random_state):
+            with undisturbed(self.model, seed):
                 delta = [redirect(d, self.direction) for d in delta]
-        gradients = {name: p.grad for name, p in self.parameters.items()}
-        utility = module_utility(gradients, dict(zip(self.parameters, delta)))
-        alignment = None if self.delta is None else cosine(delta, self.delta)
+        utility = module_utility({name: p.grad for name, p in self.parameters.items()},
+                                 dict(zip(self.parameters, delta)))
         if self.utility_gate and not utility:
             raise ValueError("utility_gate needs gradients: call step() before optimizer.zero_grad()")
-        moves = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
+        moved = [not self.utility_gate or utility.get(name, 0) > 0 for name in self.parameters]
+        alignment = None if self.delta is None else cosine(delta, self.delta)
+        closed = None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate
 
-        def place(multiple):                                  # W_t + multiple * Δ
-            reshard(self.model)
-            for p, now, direction, moved in zip(self.parameters.values(), current, delta, moves):
-                jump = multiple and moved
-                p.copy_(now.to(p.device) + float(multiple) * direction.to(p.device) if jump else now)
+        def place(multiple):
+            self.place(current, delta, moved, multiple)
 
-        device = next(iter(self.parameters.values())).device
-        forwards, otherwise = self.plan()
-        search, scores, kept, turned, stopped = [0, *forwards], [], 0, False, "all candidates accepted"
-        if None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate:
-            stopped, search = "alignment below the gate", []
         try:
-            for k, multiple in enumerate(search):             # "line" may change the rest of it on the way
-                place(multiple)
-                if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), device) < 1:
-                    scores.append(math.nan)
-                    stopped = "weights not finite"
-                    break
-                with undisturbed(self.model, seed=random_state):
-                    scores.append(mean_over_ranks(self.validate(self.model), device))
-                if not math.isfinite(scores[-1]):
-                    stopped = "score not finite"
-                    break
-                if k > 0 and not self.improves(scores[-1], scores[kept]):
-                    if k == 1 and otherwise:                  # not so far, then: less far?
-                        search[2:], turned = otherwise, True
-                        continue
-                    stopped = "score no better"
-                    break
-                kept = k
+            tried, scores, accepted, kept, stopped = (
+                ([], [], 0, 0, "alignment below the gate") if closed else self.search(place, seed))
         except BaseException:                                 # whatever happened in validate, W_t survives it
             place(0)
             raise
-        tried = search[:len(scores)]
-        reached = tried[kept] if tried else 0
-        place(reached)                                        # multiple 0 is a copy of W_t: bit for bit what it was
+        place(kept)
         if kept and self.optimizer is not None:
             for p in self.parameters.values():
                 self.optimizer.state.pop(p, None)
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
-            "accepted": kept and kept - turned, "multiple": reached, "stopped": stopped,
+            "accepted": accepted, "multiple": kept, "stopped": stopped,
             "delta_norm": sum(dot(d, d) for d in delta) ** 0.5,
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
@@ -346,6 +320,39 @@ class EffOPD:
         self.previous, self.delta = current, delta            # W_prev: after the jump
         self.history.append(record)
         return record
+
+    def place(self, current, delta, moved, multiple):
+        """Put W_t + multiple * Δ into the model; for multiple 0 W_t itself, bit for bit."""
+        reshard(self.model)
+        for p, now, direction, moves in zip(self.parameters.values(), current, delta, moved):
+            p.copy_(now.to(p.device) + float(multiple) * direction.to(p.device) if multiple and moves else now)
+
+    def search(self, place, seed):
+        """Score W_t, then candidates in order -> multiples and scores tried, how many accepted, the one kept, why over."""
+        forwards, otherwise = self.plan()
+        tried, scores, accepted, kept, best = [0, *forwards], [], 0, 0, None
+        for k, multiple in enumerate(tried):                  # "line" may change the rest of it on the way
+            place(multiple)
+            score, wrong = self.score(seed)
+            scores.append(score)
+            if wrong:
+                return tried[:k + 1], scores, accepted, kept, wrong
+            if k == 0 or self.improves(score, best):
+                kept, best, accepted = multiple, score, accepted + (k > 0)
+            elif k == 1 and otherwise:                        # not so far, then: less far?
+                tried[2:] = otherwise
+            else:
+                return tried[:k + 1], scores, accepted, kept, "score no better"
+        return tried, scores, accepted, kept, "all candidates accepted"
+
+    def score(self, seed):
+        """(The score of the weights now in the model, what about it or them is not finite or None.)"""
+        device = next(iter(self.parameters.values())).device
+        if mean_over_ranks(all(p.isfinite().all() for p in self.parameters.values()), device) < 1:
+            return math.nan, "weights not finite"
+        with undisturbed(self.model, seed):
+            score = mean_over_ranks(self.validate(self.model), device)
+        return score, None if math.isfinite(score) else "score not finite"
 
     def state_dict(self) -> dict:
         """What a checkpoint needs: W_prev and the last Δ by name, and the records of past searches."""

@@ -313,19 +313,11 @@ class GPT(nn.Module):
         """
         if temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        B, lengths = len(prompts), [len(p) for p in prompts]
-        longest = max(lengths, default=0)
-        if B == 0 or min(lengths) == 0:
-            raise ValueError("generate needs at least one prompt, and at least one token in each")
-        if longest + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-                             f"context of {self.config.max_position_embeddings}")
-        # Left padding puts every row's next token in the same column, so the cache is one block for all rows.
-        P, N, c, device = longest, longest + max_new_tokens, self.config, self.device
+        ids, padding = self.left_padded(prompts, max_new_tokens)                           # (B, P), (B, 1)
+        (B, P), c, device = ids.shape, self.config, self.device
+        N, padded = P + max_new_tokens, compile or bool(padding.any())
         width = -(-N // 64) * 64 if compile else N            # few widths, few compilations
-        ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=device)      # (B, P)
-        padding = torch.tensor([[P - n] for n in lengths], device=device)                  # (B, 1)
-        columns, padded = torch.arange(width, device=device), compile or min(lengths) < P
+        columns = torch.arange(width, device=device)
         positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
         head = self.head                                                                   # (V, C)
         cos, sin = self.model.rotations(columns, head.dtype)                               # (width, D)
@@ -365,10 +357,21 @@ class GPT(nn.Module):
                 seen = columns if compile else columns[:n + 1]
                 mask = ((seen >= padding) & (seen <= n))[:, None, None]                    # (b, 1, 1, n + 1 or width)
         R = n - P + 1 if max_new_tokens else 0
-        tokens, log_probs = tokens[:, :R], log_probs[:, :R]
-        ends = torch.isin(tokens, eos).long()
-        mask = ends.cumsum(1) == ends                         # nothing has ended before
-        return Rollout(tokens * mask, mask, log_probs * mask)
+        ends = torch.isin(tokens[:, :R], eos).long()
+        real = ends.cumsum(1) == ends                         # nothing has ended before
+        return Rollout(tokens[:, :R] * real, real, log_probs[:, :R] * real)
+
+    def left_padded(self, prompts, max_new_tokens):
+        """ids (B, P) and the padding before each row (B, 1): every row's next token is then in the same column."""
+        lengths = [len(p) for p in prompts]
+        if not lengths or min(lengths) == 0:
+            raise ValueError("generate needs at least one prompt, and at least one token in each")
+        P = max(lengths)
+        if P + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's context of "
+                             f"{self.config.max_position_embeddings}")
+        ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
+        return ids, torch.tensor([[P - n] for n in lengths], device=self.device)
 
     def compiled(self, backend, shape):
         """One decoding step for torch.compile, and caches that stay where they are, as CUDA graphs need it."""

@@ -42,7 +42,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -197,12 +197,11 @@ class Config(Sweep, Search, Distillation, Real, Models, Run):
     """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
 
     def __post_init__(self):
-        for name in ("num_ops", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr", "steps", "lr",
-                     "batch_size", "group_size", "top_k", "max_grad_norm", "eval_every", "eval_size", "num_candidates",
-                     "dv_size", "first_trigger", "max_new_tokens", "rollout_batch_size", "save_every"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name} must be greater than 0, got {getattr(self, name)}")
+        for f in fields(self):                                # a default of 0 says that 0 may be
+            value, off = getattr(self, f.name), f.default == 0
+            if type(f.default) in (int, float) and f.name not in ("slip", "alignment_gate"):
+                if not (0 < value < math.inf or off and value == 0):
+                    raise ValueError(f"--{f.name} must be {'0 or more' if off else 'greater than 0'}, got {value}")
         if self.digits not in (1, 2):
             raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
         if not 0 <= self.slip < 1:
@@ -212,9 +211,6 @@ class Config(Sweep, Search, Distillation, Real, Models, Run):
                              f"got {self.group_size}")
         if not -1 <= self.alignment_gate <= 1:
             raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {self.alignment_gate}")
-        for name in ("search_every", "micro_batch_size", "keep_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be 0 (off) or more, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
                              f"{2 * self.num_attention_heads}, got {self.hidden_size}")
@@ -276,7 +272,7 @@ def pick_device(name: str) -> torch.device:
 
 
 GROUPS = [Run, Models, Real, Distillation, Search, Sweep]
-OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that only these methods have a use for
+OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that only these methods let you choose
     "group_size": ("rl",), "offload": ("race", "effopd"),
     "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
 
@@ -286,24 +282,41 @@ def has_use(method: str, name: str, data) -> bool:
     return method in OWNERS.get(name, (method,)) or bool(data) and name == "dv_size"
 
 
-def parse_config(args=None) -> Config:
-    first = HfArgumentParser(GROUPS, add_help=False, allow_abbrev=False)
-    parser = HfArgumentParser(GROUPS, description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                              usage="python train.py [--SETTING VALUE ...]")
-    first.error = parser.error = stop
-    chosen = first.parse_known_args(args)[0]
-    for name, value in vars(chosen).items():
+def make_parser(**options):
+    parser = HfArgumentParser(GROUPS, allow_abbrev=False, **options)
+    parser.error = stop
+    return parser
+
+
+def given(args=None) -> dict:
+    """The settings that a command line names itself: {name: value}."""
+    unset = argparse.Namespace(**dict.fromkeys(f.name for f in fields(Config)))
+    chosen = vars(make_parser(add_help=False).parse_known_args(args, unset)[0])
+    for name, value in chosen.items():
         if isinstance(value, list):                           # what argparse makes of --lr=--
             stop(f"--{name} needs a value")
-    if chosen.resume:
-        return resumed(chosen.resume, sys.argv[1:] if args is None else args)
-    parser.set_defaults(**PRESETS[chosen.preset, chosen.gap] | (REAL if chosen.data else {}))
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def parse_config(args=None) -> Config:
+    chosen = given(args)
+    if "resume" in chosen:
+        return resumed(chosen["resume"], sys.argv[1:] if args is None else args)
+    parser = make_parser(description=__doc__.split("\n\n")[0], usage="python train.py [--SETTING VALUE ...]")
+    preset = PRESETS[chosen.get("preset", Config.preset), chosen.get("gap", Config.gap)]
+    parser.set_defaults(**preset | (REAL if chosen.get("data") else {}))
     config = vars(parser.parse_args(args))
     method = config["method"]
     elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
         ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
         "--data; the built-in task")
     elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
+    if config["gap"] == "skill":
+        elsewhere |= dict.fromkeys(("slip", "teacher_lr"), "the other gaps; --gap skill")
+    if config["loss"] != "top_k":
+        elsewhere["top_k"] = "--loss top_k; another loss"
+    if config["no_chat_template"]:
+        elsewhere["thinking"] = "the chat template; --no_chat_template"
     for name, value in config.items():
         if value == parser.get_default(name):
             continue
@@ -945,7 +958,8 @@ class Training:
 
     def search(self, step: int):
         batch, targets, line = self.pending
-        if self.effopd is None or batch is None or any(s["step"] == step for s in self.record["searches"][-1:]):
+        done = any(search["step"] == step for search in self.record["searches"][-1:])      # before a resume
+        if self.effopd is None or batch is None or done:
             return
         start, self.score.last_batch = time.perf_counter(), (batch, targets)
         search = self.effopd.step(step)
@@ -972,10 +986,10 @@ class Training:
         record["log"].append(line)
         append_json(self.out_dir / "log.jsonl", line)
 
-    def save(self, states: dict):
-        """Write state.pt; the one before it stays as state_previous.pt. states: of the random number generators."""
+    def save(self, random_states: dict):
+        """Write state.pt; the one before it stays as state_previous.pt."""
         state = dict(record=self.record, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
-                     effopd=self.effopd and self.effopd.state_dict(), random=states)
+                     effopd=self.effopd and self.effopd.state_dict(), random=random_states)
         if self.pending is not None:                          # then its search is made again, which needs these
             batch, targets, line = self.pending
             state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
@@ -1024,12 +1038,13 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
     """
     run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
     run.start(evaluated) if state is None else run.restore(state)
+    del state                                                 # it is as large as five copies of the weights
     done = run.record["step"]
     bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
                total=config.steps)
     with run.signals:
         for step in bar:
-            states, doubling = random_states(run.generator), step.bit_count() == 1        # 1, 2, 4, 8, ...
+            before, doubling = random_states(run.generator), step.bit_count() == 1        # 1, 2, 4, 8, ...
             try:
                 if run.pending is None:
                     run.take_step(step)
@@ -1039,7 +1054,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                 if step % config.eval_every == 0 or step == config.steps:
                     run.evaluate()
             except KeyboardInterrupt:                         # asked twice: not even to the end of the step
-                run.save(states if run.pending is None else random_states(run.generator))
+                run.save(before if run.pending is None else random_states(run.generator))
                 raise Interrupted(f"in step {step}", run.signals.asked) from None
             run.finish_step(step)
             if doubling or step % config.save_every == 0 or step == config.steps or run.signals.asked:
@@ -1055,10 +1070,10 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
     return summary
 
 
-def wrong_answers(task, problems, answers, n=3) -> list[dict]:
-    """The first n problems that the student gets wrong before training, with its answers."""
+def wrong_answers(task, problems, answers) -> list[dict]:
+    """The first three problems that the student gets wrong before training, with its answers."""
     texts = ((p, task.decode(a)) for p, a in zip(problems, answers))
-    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:n]
+    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:3]
 
 
 def look_again(task, rows, answers):
@@ -1121,8 +1136,8 @@ def set_random_states(states, generator):
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, i)
     generator.set_state(states["generator"])
 
 
@@ -1167,7 +1182,8 @@ def tidy(out_dir, record, last: int):
 
 def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
     rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
-    backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
+    with suppress(FloatingPointError):                        # the runs themselves will say so, or skip it
+        backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
     make_optimizer(config, rehearsal).step()
     del rehearsal
     write_json(out_dir / "config.json", with_versions(config))
@@ -1275,7 +1291,7 @@ def append_json(path: Path, line: dict):
         raise OSError(f"{path} could not be written: {first_line(error)}") from None
 
 
-def save_checkpoint(model, out_dir: Path, name: str, keep_last: int = 0):
+def save_checkpoint(model, out_dir: Path, name: str, keep_last: int):
     """out_dir/checkpoints/name. Of those of later steps than 0, only the last keep_last stay (0: all)."""
     home = out_dir / "checkpoints"
     home.mkdir(exist_ok=True)
@@ -1302,7 +1318,7 @@ def replacing(path: Path):
             shutil.rmtree(scratch)
         yield scratch
         for file in scratch.iterdir() if scratch.is_dir() else [scratch]:
-            with open(file, "rb") as f:
+            with open(file, "rb+") as f:
                 os.fsync(f.fileno())                          # on the disk before it has the name
         if path.is_dir():
             shutil.rmtree(path)
@@ -1320,7 +1336,7 @@ def check_space(config, model, out_dir):
     """ValueError if the disk has too little room for the run's checkpoints and states."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     checkpoints = min(config.steps.bit_length(), config.keep_last or math.inf) + 3      # 0, final, one being written
-    states = (3 if config.keep_last != 1 else 2) * (5 if config.method != "opd" else 3)  # weights, moments, W_prev, Δ
+    states = (3 if config.keep_last != 1 else 2) * (5 if config.method in ("race", "effopd") else 3)  # weights, moments, W_prev, Δ
     needed = weights * (checkpoints + states) * (len(RACE) if config.method == "race" else 1)
     free = shutil.disk_usage(out_dir).free + sum(p.stat().st_size for p in out_dir.rglob("*") if p.is_file())
     if needed > free:
@@ -1331,44 +1347,30 @@ def check_space(config, model, out_dir):
 
 def claim_directory(config) -> Path:
     """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free: no run overwrites another."""
-    if config.out_dir:
+    names = (f"runs/{config.method}" + f"-{n}" * (n > 1) for n in itertools.count(1))
+    for name in [config.out_dir] if config.out_dir else names:
         try:
-            Path(config.out_dir).mkdir(parents=True)
+            Path(name).mkdir(parents=True)
+            return Path(name)
         except FileExistsError:
-            raise ValueError(f"--out_dir {config.out_dir} exists already; name a new directory or remove it, or go on "
-                             f"with --resume {config.out_dir}") from None
-        return Path(config.out_dir)
-    Path("runs").mkdir(exist_ok=True)
-    for n in range(1, sys.maxsize):
-        directory = Path("runs") / (f"{config.method}-{n}" if n > 1 else config.method)
-        try:
-            directory.mkdir()
-            return directory
-        except FileExistsError:
-            continue
+            if config.out_dir:
+                raise ValueError(f"--out_dir {name} exists already; name a new directory or remove it, or go on with "
+                                 f"--resume {name}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The sweep: a grid of runs, each of them this script in a process of its own; then the table and the figure.
 
-def given(args=None) -> dict:
-    """The settings that a command line names itself: {name: value}."""
-    parser = HfArgumentParser(GROUPS, add_help=False, allow_abbrev=False)
-    parser.error = stop
-    unset = argparse.Namespace(**dict.fromkeys(f.name for f in fields(Config)))
-    return {name: v for name, v in vars(parser.parse_known_args(args, unset)[0]).items() if v is not None}
+def useful(run: dict, data) -> dict:
+    """Without the settings that the run's method has no use for. data: whether the problems come from a file."""
+    return {name: value for name, value in run.items() if has_use(run["method"], name, data)}
 
 
-def useful(run: dict) -> dict:
-    """Without the settings that the run's method has no use for."""
-    return {name: value for name, value in run.items() if has_use(run["method"], name, "data" in run)}
+def name_of(run: dict, between=",") -> str:
+    return between.join(f"{name}={value}" for name, value in run.items())
 
 
-def name_of(run: dict) -> str:
-    return ",".join(f"{name}={value}" for name, value in run.items())
-
-
-def grid(text: str) -> dict:
+def grid(text: str, data=False) -> dict:
     """"lr=1e-5,1e-4 method=opd seed=0:2" -> {a run's name: (its settings, the name of the OPD run beside it)}.
 
     The first axis is the slowest. What a method has no use for is left out; runs that then are the same are one. The
@@ -1387,15 +1389,16 @@ def grid(text: str) -> dict:
         run = {name: value for part in values for name, value in part.items()}
         if run.get("method", "race") == "race":
             raise ValueError("--sweep needs the methods of single runs, as in method=opd,effopd")
-        opd = useful({axis: run[axis] for axis in axes} | {"method": "opd"})
-        runs[name_of(useful(run))] = useful(run), name_of(opd)
+        opd = useful({axis: run[axis] for axis in axes} | {"method": "opd"}, data or "data" in run)
+        run = useful(run, data or "data" in run)
+        runs[name_of(run)] = run, name_of(opd)
     return runs
 
 
-def sweep(args) -> int:
+def sweep(settings: dict) -> int:
     """Do the runs that are not in sweep.json yet, then print the table and draw the figure: the exit status."""
-    settings = given(args)
-    runs, target, jobs = grid(settings.pop("sweep")), settings.pop("target", 0.0), settings.pop("jobs", 0)
+    data, target, jobs = bool(settings.get("data")), settings.pop("target", 0.0), settings.pop("jobs", 0)
+    runs = grid(settings.pop("sweep"), data)
     out_dir, where = Path(settings.pop("out_dir", "runs/sweep")), {"cache_dir": settings.pop("cache_dir", "cache")}
     file, jobs = out_dir / "sweep.json", jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count()))
     done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
@@ -1404,7 +1407,8 @@ def sweep(args) -> int:
                          f"{settings or 'these'}; name another --out_dir")
 
     def command(run):
-        return [word for pair in (useful(settings | run) | where).items() for word in (f"--{pair[0]}", str(pair[1]))]
+        run = useful(settings | run, data or "data" in run) | where
+        return [word for name, value in run.items() for word in (f"--{name}", str(value))]
 
     configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
     todo = [name for name in runs if name not in done["runs"]]
@@ -1414,17 +1418,7 @@ def sweep(args) -> int:
             load(configs[name])
 
     def finish(name):
-        """Do one run, or the rest of it; the last line it complained with, if it failed."""
-        directory, threads = out_dir / name, {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-        if (directory / "summary.json").exists():
-            return None
-        how = ["--resume", str(directory)]
-        if not any(directory.glob("state*.pt")):              # not begun, or stopped before its first step ended
-            shutil.rmtree(directory, ignore_errors=True)
-            how = [*command(runs[name][0]), "--out_dir", str(directory)]
-        job = subprocess.run([sys.executable, __file__, *how], capture_output=True, text=True, env=threads | os.environ)
-        said = [f"exit status {job.returncode}"] + [line for line in re.split("[\r\n]", job.stderr) if line.strip()]
-        return said[-1] if job.returncode else None
+        return do_run(out_dir / name, command(runs[name][0]), threads=max(1, os.cpu_count() // jobs))
 
     failed, pool = {}, ThreadPoolExecutor(jobs)               # threads that wait for their processes
     try:
@@ -1432,11 +1426,8 @@ def sweep(args) -> int:
             if error is not None:
                 failed[name] = error
                 continue
-            summary = json.loads((out_dir / name / "summary.json").read_text())
             done["versions"] = json.loads((out_dir / name / "config.json").read_text())["versions"]
-            done["runs"][name] = {key: summary[key] for key in ("final_accuracy", "tokens", "seconds")} | dict(
-                curve=[[p["step"], p["accuracy"], p["tokens"], round(p["seconds"], 2)] for p in summary["curve"]],
-                searches=[[s["step"], s["accepted"], s["multiple"]] for s in summary["searches"]])
+            done["runs"][name] = in_short(json.loads((out_dir / name / "summary.json").read_text()))
             write_json(file, done, indent=None)
     finally:
         pool.shutdown(cancel_futures=True)                    # stopped: begin no more runs
@@ -1450,13 +1441,34 @@ def sweep(args) -> int:
     return 1 if failed else 0
 
 
-def bootstrap(values, resamples=10_000) -> dict:
+def do_run(directory: Path, words: list[str], threads: int) -> str | None:
+    """Do one run, or the rest of it, in a process of its own; the last line it complained with, if it failed."""
+    if (directory / "summary.json").exists():
+        return None
+    how = ["--resume", str(directory)]
+    if not any(directory.glob("state*.pt")):                  # not begun, or stopped before its first step ended
+        shutil.rmtree(directory, ignore_errors=True)
+        how = [*words, "--out_dir", str(directory)]
+    job = subprocess.run([sys.executable, __file__, *how], capture_output=True, text=True,
+                         env={"OMP_NUM_THREADS": str(threads)} | os.environ)
+    said = [f"exit status {job.returncode}"] + [line for line in re.split("[\r\n]", job.stderr) if line.strip()]
+    return said[-1] if job.returncode else None
+
+
+def in_short(summary: dict) -> dict:
+    """What sweep.json keeps of a run's summary."""
+    return {key: summary[key] for key in ("final_accuracy", "tokens", "seconds")} | dict(
+        curve=[[p["step"], p["accuracy"], p["tokens"], round(p["seconds"], 2)] for p in summary["curve"]],
+        searches=[[s["step"], s["accepted"], s["multiple"]] for s in summary["searches"]])
+
+
+def bootstrap(values) -> dict:
     """{mean, low, high: 95% percentile bootstrap interval of the mean (None of one value), n}.
 
     Of five values such an interval covers the true mean less often than 95 times in 100, nearer to 85.
     """
     values = np.asarray(values, dtype=float)                                     # (n,)
-    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    drawn = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
     low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5)).tolist() if len(values) > 1 else (None, None)
     return dict(mean=float(values.mean()), low=low, high=high, n=len(values))
 
@@ -1506,7 +1518,7 @@ def print_sweep(rows):
         n, bound = row["final"]["n"], "" if row["reached"] == row["final"]["n"] else "≥ "
         costs = [bound + spread(row["cost"][unit], form) for unit, form in zip(UNITS, (".1f", ",.0f", ".1f"))]
         times = [spread(row["times"][unit], ".2f") if row["times"] else "-" for unit in UNITS]
-        cells = [name_of(row["settings"]).replace(",", " "), str(n), spread(row["final"], ".3f"), f"{row['goal']:.3f}"]
+        cells = [name_of(row["settings"], " "), str(n), spread(row["final"], ".3f"), f"{row['goal']:.3f}"]
         print("| " + " | ".join([*cells, f"{row['reached']} of {n}", *costs, *times]) + " |")
 
 
@@ -1551,17 +1563,42 @@ def draw_sweep(rows, path):
     if axis:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     else:
-        panels[0].set_yticks(range(len(rows)), [name_of(row["settings"]).replace(",", " ") for row in rows], fontsize=8)
+        panels[0].set_yticks(range(len(rows)), [name_of(row["settings"], " ") for row in rows], fontsize=8)
         panels[0].invert_yaxis()
     figure.suptitle("Mean and 95% bootstrap interval over seeds (hollow: not every seed got there, a lower bound)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def run_one(config: Config, out_dir: Path):
+    """Load, evaluate, train; then say and draw what came of it."""
+    task, student, teacher = load(config)
+    check_space(config, student, out_dir)
+    problems, evaluated = evaluation_problems(config, task), None
+    if not config.resume:
+        evaluated = evaluate(student, task, problems)
+        print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
+              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
+    if config.method == "race":
+        summary = race(config, task, student, teacher, out_dir, evaluated)
+        with replacing(out_dir / "race.png") as scratch:
+            draw_race(summary, scratch)
+        label = list(RACE)[-1]
+        print_examples(label, summary["methods"][label]["examples"])
+        print_race(summary)
+        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+    else:
+        summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
+        print_examples(config.method, summary["examples"])
+        print_run(summary)
+        print(f"\nEverything is in {out_dir}")
+
+
 def main(args=None):
-    if given(args).get("sweep"):
+    settings = given(args)
+    if settings.get("sweep"):
         try:
-            sys.exit(sweep(args))
+            sys.exit(sweep(settings))
         except (ValueError, OSError) as error:
             stop(error)
         except KeyboardInterrupt:
@@ -1572,26 +1609,7 @@ def main(args=None):
     out_dir = None
     try:
         out_dir = Path(config.resume) if config.resume else claim_directory(config)        # before any long work
-        task, student, teacher = load(config)
-        check_space(config, student, out_dir)
-        problems, evaluated = evaluation_problems(config, task), None
-        if not config.resume:
-            evaluated = evaluate(student, task, problems)
-            print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
-                  (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
-        if config.method == "race":
-            summary = race(config, task, student, teacher, out_dir, evaluated)
-            with replacing(out_dir / "race.png") as scratch:
-                draw_race(summary, scratch)
-            label = list(RACE)[-1]
-            print_examples(label, summary["methods"][label]["examples"])
-            print_race(summary)
-            print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
-        else:
-            summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
-            print_examples(config.method, summary["examples"])
-            print_run(summary)
-            print(f"\nEverything is in {out_dir}")
+        run_one(config, out_dir)
     except Interrupted as stopped:
         where, number = stopped.args
         print(f"train.py: stopped {where}; to go on: python train.py --resume {out_dir}", file=sys.stderr)

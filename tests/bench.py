@@ -372,14 +372,14 @@ def scaling(args):
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocabulary, **{"max_position_embeddings": 4096, **shape})).to(args.device)
         c, P = model.config, sum(p.numel() for p in model.parameters())
-        speed = bandwidth(4 * P, args.device)                 # of the cache, where the weights fit into it
 
         def decoding(batch, context):
             """Operations and bytes of one new token for each row."""
             return (batch * (2 * P + 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context),
                     4 * (P + batch * context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim))
 
-        def add(kind, batch, context, seconds, operations, moved):
+        def add(kind, batch, context, seconds, operations, moved, at_once=None):
+            speed = bandwidth(at_once or moved, args.device)  # of the cache, where all of it fits into that
             points.append(dict(kind=kind, model=name, batch=batch, context=context, parameters=P, seconds=seconds,
                                arithmetic=operations / peak, bandwidth=moved / speed))
 
@@ -404,7 +404,7 @@ def scaling(args):
         seconds = median([seconds_of(one_step, args.device) for _ in range(args.repeats + 1)][1:])
         each, rows = [decoding(batch, 12 + n) for n in range(new)], batch * (12 + new)
         add("step", batch, 12 + new, seconds, sum(o for o, _ in each) + (2 + 6) * P * rows,  # teacher: 1 pass, we: 3
-            sum(b for _, b in each) + 4 * P * (1 + 3 + 7))    # AdamW reads 4 numbers a weight and writes 3
+            sum(b for _, b in each) + 4 * P * (1 + 3 + 7), each[-1][1])    # AdamW reads 4 numbers a weight, writes 3
         print(f"{name}: a step of {batch} x {new} tokens {seconds:.2f} s", file=sys.stderr)
     draw_scaling(points, peak, Path(args.out).with_name("scaling.png"))
     return points
@@ -449,16 +449,17 @@ def draw_scaling(points, peak, path):
             own = [p for p in rows if kind == "step" or p["model"] == model]
             for what, style in (("seconds", "o-"), ("arithmetic", "--"), ("bandwidth", ":")):
                 y = [p[what] if kind == "step" else p["batch"] / p[what] for p in own]
-                axis.plot([p[x] for p in own], y, style, color=f"C{i}",
+                axis.plot([p[x] for p in own], y, style, color="k" if kind == "step" else f"C{i}",
                           label=model if (what, kind) == ("seconds", "batch") else None)
         axis.set(xscale="log", yscale="log", ylabel="seconds a step" if kind == "step" else "sampled tokens a second",
-                 xlabel={"batch": "batch, context 64", "context": "context, batch 8 (0.3 M) or 1 (135 M)",
+                 xlabel={"batch": "batch, context of 64 tokens",
+                         "context": "context in tokens, batch 8 (0.3 M) or 1 (135 M)",
                          "step": f"parameters, {rows[0]['batch']} answers of {rows[0]['context'] - 12} tokens"}[kind])
         axis.grid(alpha=0.3)
     axes[0].plot([], [], "k--", label=f"arithmetic, {peak / 1e9:.0f} GFlop/s")
     axes[0].plot([], [], "k:", label="bandwidth")
     figure.legend(loc="outside right upper")
-    figure.suptitle("How cost grows (dots), and the least that arithmetic and bandwidth allow")
+    figure.suptitle("How cost grows (dots), and the bounds that arithmetic and bandwidth set (lines)")
     figure.savefig(path, dpi=120)
 
 

@@ -243,5 +243,7 @@ def test_a_line_goes_on_or_back(best, multiples, kept):
 
 def test_d_v_is_split_off_a_file_for_every_method():
     """With --data, runs of one sweep train on the same problems."""
-    assert train.useful({"method": "opd", "dv_size": "3", "data": "x.jsonl"})["dv_size"] == "3"
-    assert "dv_size" not in train.useful({"method": "opd", "dv_size": "3"})
+    text = "method=opd,effopd dv_size=3,4"
+    assert len(train.grid(text, data=True)) == 4 and len(train.grid(text)) == 3
+    assert len(train.grid(text + " data=x.jsonl")) == 4
+    assert all(opd == name.replace("effopd", "opd") for name, (_, opd) in train.grid(text, data=True).items())

@@ -442,13 +442,25 @@ def test_the_race_on_a_gpu(tmp_path, capsys):
     (["--method", "opd", "--group_size", "4"], "opd has no use"), (["--method", "sft", "--loss", "top_k"], "--loss is"),
     (["--method", "rl", "--batch_size", "100"], "divide --batch_size (100)"), (["--nonsense", "1"], "--nonsense"),
     (["--method", "rl", "--group_size", "1"], "--group_size must be"),
-    (["--method", "effopd", "--alignment_gate", "2"], "is a cosine"),
+    (["--method", "effopd", "--alignment_gate", "2"], "is a cosine"), (["--seed", "-1"], "--seed must be 0 or more"),
+    (["--gap", "skill", "--slip", "0.1"], "skill has no use"), (["--method", "opd", "--top_k", "8"], "--loss top_k"),
 ])
 def test_bad_settings_end_in_one_line(args, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     said = capsys.readouterr().err.strip()
     assert stopped.value.code not in (0, None) and "\n" not in said and words in said
+
+
+def test_the_rehearsal_of_a_race_leaves_bad_numbers_to_its_runs(tmp_path, monkeypatch):
+    """Which report the step, or leave it out."""
+    def fail(*args):
+        raise FloatingPointError("the loss is nan")
+    monkeypatch.setattr(train, "backward", fail)
+    monkeypatch.setattr(train, "distil", lambda config, task, student, *args: pytest.skip("reached"))
+    model = GPT(GPTConfig(17, 16, 24, 1, 2))
+    with pytest.raises(pytest.skip.Exception, match="reached"):
+        train.race(Config(device="cpu"), train.Chains(2, 1), model, model, tmp_path)
 
 
 def test_the_gpu_preset_does_not_start_on_a_cpu_unasked(monkeypatch, capsys):
