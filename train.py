@@ -1537,7 +1537,7 @@ def draw_sweep(rows, path):
             lines.setdefault(rest, []).append((float(row["settings"][axis]), row))
     except (ValueError, KeyError):                            # words, or a setting that not every method has
         axis, lines = "", {"": list(enumerate(rows))}
-    goal = " to ".join(dict.fromkeys(f"{f(row['goal'] for row in rows):.2f}" for f in (min, max)))
+    goal = "–".join(dict.fromkeys(f"{f(row['goal'] for row in rows):.2f}" for f in (min, max)))
     figure, panels = plt.subplots(1, 2, figsize=(10, 4 + 0.2 * len(lines) if axis else 1.5 + 0.25 * len(rows)),
                                   layout="constrained", sharey=not axis)
     for panel, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
