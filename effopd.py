@@ -199,8 +199,8 @@ class EffOPD:
         every rank must call `step`, and the mean of the ranks' scores decides for all of them.
     accept: "gt", a candidate must score higher than the last one kept; "ge", not lower; "always", it need not.
     candidates: "linear", W_t + 2kΔ (the paper's); "doubling", W_t + 2^k Δ; for k = 1 .. num_candidates. "line":
-        doubling, from half of what the last search kept; where the first of these fails, smaller ones down to 2Δ, then
-        back towards W_prev: W_t - Δ/2, W_t - 3Δ/4, ..., W_t - (1 - 2^-k)Δ.
+        doubling, from half of what the last search kept; where the first fails, the other way while each improves:
+        smaller ones down to 2Δ, then back towards W_prev, W_t - Δ/2, W_t - 3Δ/4, ..., W_t - (1 - 2^-k)Δ.
     direction: what candidates go along. "update", Δ; for comparison, matrix by matrix of Δ's norm: "random", Gaussian;
         "top", Δ's leading tenth of singular directions; "tail", the others (see `redirect`).
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES: the names of Llama, Qwen, GPT-2 and their like), or
@@ -268,7 +268,8 @@ class EffOPD:
         if not self.backwards:
             return self.multiples, []
         start = max(2, self.history[-1]["multiple"] / 2 if self.history else 0)
-        return [m for m in self.multiples if m >= start], [m for m in self.multiples[::-1] if m < start] + self.backwards
+        smaller = [m for m in self.multiples[::-1] if m < start]
+        return [m for m in self.multiples if m >= start], smaller + self.backwards
 
     @torch.no_grad()
     def step(self, t: int) -> dict | None:
@@ -283,7 +284,8 @@ class EffOPD:
             return None
         start = time.perf_counter()
         reshard(self.model)
-        current, seed = self.copy_weights(), (self.seed * 1_000_003 + t) % 2 ** 63         # W_t
+        current = self.copy_weights()                         # W_t, until the search is over
+        seed = (self.seed * 1_000_003 + t) % 2 ** 63
         delta = [now - before for now, before in zip(current, self.previous)]
         if self.direction != "update":
             with undisturbed(self.model, seed):
@@ -296,27 +298,28 @@ class EffOPD:
         alignment = None if self.delta is None else cosine(delta, self.delta)
         closed = None not in (self.alignment_gate, alignment) and alignment < self.alignment_gate
 
-        def place(multiple):
+        def move_to(multiple):
             self.place(current, delta, moved, multiple)
 
         try:
             tried, scores, accepted, kept, stopped = (
-                ([], [], 0, 0, "alignment below the gate") if closed else self.search(place, seed))
+                ([], [], 0, 0, "alignment below the gate") if closed else self.search(move_to, seed))
         except BaseException:                                 # whatever happened in validate, W_t survives it
-            place(0)
+            move_to(0)
             raise
-        place(kept)
+        move_to(kept)
         if kept and self.optimizer is not None:
-            for p in self.parameters.values():
-                self.optimizer.state.pop(p, None)
+            for p, moves in zip(self.parameters.values(), moved):
+                if moves:
+                    self.optimizer.state.pop(p, None)
         record = {
             "step": t, "multiples": tried, "scores": [s if math.isfinite(s) else None for s in scores],
             "accepted": accepted, "multiple": kept, "stopped": stopped,
             "delta_norm": sum(dot(d, d) for d in delta) ** 0.5,
             "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility,
         }
-        for kept_weights, p in zip(current, self.parameters.values()):
-            kept_weights.copy_(p)
+        for w, p in zip(current, self.parameters.values()):
+            w.copy_(p)                                        # from here on current holds what was kept
         self.previous, self.delta = current, delta            # W_prev: after the jump
         self.history.append(record)
         return record
@@ -324,26 +327,26 @@ class EffOPD:
     def place(self, current, delta, moved, multiple):
         """Put W_t + multiple * Δ into the model; for multiple 0 W_t itself, bit for bit."""
         reshard(self.model)
-        for p, now, direction, moves in zip(self.parameters.values(), current, delta, moved):
-            p.copy_(now.to(p.device) + float(multiple) * direction.to(p.device) if multiple and moves else now)
+        for p, now, d, moves in zip(self.parameters.values(), current, delta, moved):
+            p.copy_(now.to(p.device) + float(multiple) * d.to(p.device) if multiple and moves else now)
 
-    def search(self, place, seed):
-        """Score W_t, then candidates in order -> multiples and scores tried, how many accepted, the one kept, why over."""
+    def search(self, move_to, seed):
+        """Score W_t, then candidates: -> multiples and scores tried, how many accepted, the one kept, why it ended."""
         forwards, otherwise = self.plan()
-        tried, scores, accepted, kept, best = [0, *forwards], [], 0, 0, None
-        for k, multiple in enumerate(tried):                  # "line" may change the rest of it on the way
-            place(multiple)
+        queue, scores, accepted, kept, best = [0, *forwards], [], 0, 0, None
+        for k, multiple in enumerate(queue):
+            move_to(multiple)
             score, wrong = self.score(seed)
             scores.append(score)
             if wrong:
-                return tried[:k + 1], scores, accepted, kept, wrong
+                return queue[:k + 1], scores, accepted, kept, wrong
             if k == 0 or self.improves(score, best):
                 kept, best, accepted = multiple, score, accepted + (k > 0)
-            elif k == 1 and otherwise:                        # not so far, then: less far?
-                tried[2:] = otherwise
+            elif k == 1 and otherwise:                        # go the other way; a second failure ends it
+                queue[2:] = otherwise
             else:
-                return tried[:k + 1], scores, accepted, kept, "score no better"
-        return tried, scores, accepted, kept, "all candidates accepted"
+                return queue[:k + 1], scores, accepted, kept, "score no better"
+        return queue, scores, accepted, kept, "no candidate left"
 
     def score(self, seed):
         """(The score of the weights now in the model, what about it or them is not finite or None.)"""

@@ -164,8 +164,9 @@ class Search:
         "accuracy", "of a candidate. accuracy: on D_v (the paper's); rollout_kl: -KL to the teacher on fresh answers "
         "to D_v; batch_kl: -KL on the batch just trained on")
     candidates: Literal["linear", "doubling", "line"] = setting(
-        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, or back towards W_prev where further is worse")
-    num_candidates: int = setting(5, "candidates at most")
+        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, from half of what the last search kept, or the "
+        "other way where that is no better, down to 2Δ and back towards W_prev")
+    num_candidates: int = setting(5, "candidates at most (line: so many further out, and as many the other way)")
     dv_size: int = setting(50, "problems in D_v")
     accept: Literal["gt", "ge", "always"] = setting(
         "gt", "a candidate must score higher (gt), not lower (ge), than the last kept; always: whatever it scores")
@@ -786,7 +787,7 @@ class Score:
     def __call__(self, model) -> float:
         if self.kind == "batch_kl":                           # answers and teacher's states are there: one forward pass
             batch, targets = self.last_batch
-        else:                                                 # fresh answers, seeded alike for all candidates
+        else:                                                 # on fresh answers, seeded alike for all candidates
             answers = answer(model, self.task, self.problems)
             if self.kind == "accuracy":
                 self.tokens += sum(map(len, answers))
@@ -868,10 +869,10 @@ def backward(config, task, student, teacher, problems, generator):
     if teacher is None:                                       # sft on a file's own answers
         answers = [task.encode_answer(task.solve(p)) for p in problems]
     else:
-        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)        # y ~ π
+        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)        # y ~ π (π*)
     batch = pack([task.encode(p) for p in problems], answers, student.device)
     rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])  # (B,)
-    advantages = group_advantages(rewards, config.group_size) if config.method == "rl" else rewards
+    advantages = group_advantages(rewards, config.group_size) if config.method == "rl" else rewards      # read by rl
     num_tokens, loss, kl, targets = int(batch.mask.sum()), 0.0, 0.0, []
     parts = split(batch, config.micro_batch_size)
     for part, part_advantages in zip(parts, advantages.to(student.device).split(len(parts[0].ids))):
@@ -1044,11 +1045,11 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                total=config.steps)
     with run.signals:
         for step in bar:
-            before, doubling = random_states(run.generator), step.bit_count() == 1        # 1, 2, 4, 8, ...
+            before, power_of_2 = random_states(run.generator), step.bit_count() == 1
             try:
                 if run.pending is None:
                     run.take_step(step)
-                    if doubling:                              # before a jump
+                    if power_of_2:                            # before a jump
                         save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
                 run.search(step)
                 if step % config.eval_every == 0 or step == config.steps:
@@ -1057,7 +1058,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                 run.save(before if run.pending is None else random_states(run.generator))
                 raise Interrupted(f"in step {step}", run.signals.asked) from None
             run.finish_step(step)
-            if doubling or step % config.save_every == 0 or step == config.steps or run.signals.asked:
+            if power_of_2 or step % config.save_every == 0 or step == config.steps or run.signals.asked:
                 run.save(random_states(run.generator))
             if run.signals.asked:
                 raise Interrupted(f"after step {step}", run.signals.asked)
@@ -1336,7 +1337,8 @@ def check_space(config, model, out_dir):
     """ValueError if the disk has too little room for the run's checkpoints and states."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     checkpoints = min(config.steps.bit_length(), config.keep_last or math.inf) + 3      # 0, final, one being written
-    states = (3 if config.keep_last != 1 else 2) * (5 if config.method in ("race", "effopd") else 3)  # weights, moments, W_prev, Δ
+    copies = 5 if config.method in ("race", "effopd") else 3                            # weights, moments, W_prev, Δ
+    states = copies * (3 if config.keep_last != 1 else 2)
     needed = weights * (checkpoints + states) * (len(RACE) if config.method == "race" else 1)
     free = shutil.disk_usage(out_dir).free + sum(p.stat().st_size for p in out_dir.rglob("*") if p.is_file())
     if needed > free:

@@ -68,7 +68,7 @@ def test_candidates_lie_on_the_line_from_w_t(candidates, multiples):
     assert validate.seen == [5.0] + [5.0 + 2.0 * m for m in multiples]
     assert record["multiples"] == [0, *multiples] and record["scores"] == validate.seen
     assert record["accepted"] == 5 and record["multiple"] == multiples[-1] and model.at == 5.0 + 2.0 * multiples[-1]
-    assert record["stopped"] == "all candidates accepted" and record["delta_norm"] == 2.0
+    assert record["stopped"] == "no candidate left" and record["delta_norm"] == 2.0
 
 
 def test_three_triggers_by_hand():
@@ -102,7 +102,7 @@ def test_stops_at_the_first_failure():
 
 @pytest.mark.parametrize("best, kept, stopped", [
     (9.0, 2, "score no better"), (4.2, 0, "score no better"),              # 4, 8, 12; and 4, 8, then back to 3
-    (2.4, -0.75, "score no better"), (2.0, -0.96875, "all candidates accepted")])      # 4, 8, 3, 2.5, 2.25, ...
+    (2.4, -0.75, "score no better"), (2.0, -0.96875, "no candidate left")])      # 4, 8, 3, 2.5, 2.25, ...
 def test_the_line_goes_back_where_forward_is_worse(best, kept, stopped):
     """W_prev = 2, W_t = 4: and what a trainer's log says is the score of the weights that were kept."""
     model, validate = Line(2.0), Recorder(score=lambda at: -abs(at - best))
