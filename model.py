@@ -18,8 +18,10 @@ D head size, V vocabulary, R response length.
 """
 
 import copy
+import functools
 import math
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -237,6 +239,13 @@ class Rollout(NamedTuple):
     log_probs: torch.Tensor    # (B, R) float32: log-probability of each sampled token; 0 after a row's end
 
 
+PACK = 2 ** 24                 # parameters from which `generate` packs the matrices, on a CPU
+
+
+def times_packed(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -319,8 +328,7 @@ class GPT(nn.Module):
         width = -(-N // 64) * 64 if compile else N            # few widths, few compilations
         columns = torch.arange(width, device=device)
         positions, mask = padded_positions(columns[:P] >= padding)                         # (B, P), (B, 1, P, P)
-        head = self.head                                                                   # (V, C)
-        cos, sin = self.model.rotations(columns, head.dtype)                               # (width, D)
+        cos, sin = self.model.rotations(columns, self.dtype)                               # (width, D)
         shape = (B, c.num_key_value_heads, width, c.head_dim)
         if compile:
             decode, caches = self.compiled(compile, shape)
@@ -331,7 +339,7 @@ class GPT(nn.Module):
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
         rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
-        with self.autocast():                                 # one for all steps: it keeps the cast weights
+        with self.autocast(), self.packed(0 if compile else B):             # one for all steps: it keeps the cast weights
             for n in range(P, N):                             # n columns are known, b of the B rows still in the batch
                 rotation = cos[positions], sin[positions]                                  # (b, T, D) each
                 if compile and n > P:
@@ -339,7 +347,8 @@ class GPT(nn.Module):
                 else:
                     known = [(k[:, :, :n], v[:, :, :n]) for k, v in caches]
                     hidden = self.model(ids, *rotation, mask if padded else None, known, slice(n - ids.shape[1], n))
-                log_p = scaled_log_softmax(F.linear(hidden[:, -1].to(head.dtype), head), temperature)           # (b, V)
+                logits = self.lm_head(hidden[:, -1].to(self.dtype))[:, :self.tokens_in_use]
+                log_p = scaled_log_softmax(logits, temperature)                            # (b, V)
                 token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
                 tokens[rows, n - P] = token
                 log_probs[rows, n - P] = log_p.gather(-1, token[:, None])[:, 0]
@@ -372,6 +381,26 @@ class GPT(nn.Module):
                              f"{self.config.max_position_embeddings}")
         ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
         return ids, torch.tensor([[P - n] for n in lengths], device=self.device)
+
+    @contextmanager
+    def packed(self, rows: int):
+        """On a CPU, matrices in oneDNN's own layout as long as it lasts: products with few rows are up to twice as fast.
+
+        rows: for how many at a time it is meant; 0: not at all. Takes a second copy of the matrices, and half a second
+        for 135 M parameters. Models smaller than PACK stay as they are.
+        """
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        possible = torch.backends.mkldnn.is_available() and (self.device.type, self.dtype) == ("cpu", torch.float32)
+        if not (rows and possible and sum(linear.weight.numel() for linear in linears) >= PACK):
+            linears = []
+        for linear in linears:
+            weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+            linear.forward = functools.partial(times_packed, weight, linear.bias)
+        try:
+            yield
+        finally:
+            for linear in linears:
+                del linear.forward                            # the class's own is back
 
     def compiled(self, backend, shape):
         """One decoding step for torch.compile, and caches that stay where they are, as CUDA graphs need it."""

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, times_packed
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32)
@@ -74,6 +74,23 @@ def test_checkpoint_saved_by_transformers_loads(tmp_path):
     ids = torch.randint(0, 20, (2, 10))
     with torch.no_grad():
         torch.testing.assert_close(GPT.from_pretrained(tmp_path / "theirs")(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_matrices_sample_the_same_and_are_gone_afterwards(family, monkeypatch):
+    model = tiny(**FAMILIES[family])
+    plain = model.generate(PROMPTS, 20, generator=torch.Generator().manual_seed(0), eos_token_id=4)
+    monkeypatch.setattr("model.PACK", 0)
+    calls = []
+    monkeypatch.setattr("model.times_packed", lambda *args: calls.append(1) or times_packed(*args))
+    packed = model.generate(PROMPTS, 20, generator=torch.Generator().manual_seed(0), eos_token_id=4)
+    assert torch.equal(plain.tokens, packed.tokens) and len(calls) > 20
+    torch.testing.assert_close(plain.log_probs, packed.log_probs)
+    assert all("forward" not in vars(module) for module in model.modules())
+    with pytest.raises(ZeroDivisionError), model.packed(3):
+        assert "forward" in vars(model.lm_head)
+        1 / 0
+    assert "forward" not in vars(model.lm_head)
 
 
 @pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR is not set: the directory of a SmolLM2 "

@@ -370,7 +370,7 @@ def test_bad_models_are_refused(home, tmp_path, capsys):
     (dict(num_ops=3), "--num_ops is a setting of the built-in task; --data has no use for it"),
     (dict(data=None, student=None, teacher=None, max_new_tokens=9), "--max_new_tokens is a setting of --data"),
     (dict(system="Hello", no_chat_template=True), "--system is part of the chat template"),
-    (dict(micro_batch_size=-1), "--micro_batch_size must be 0 (off) or more"),
+    (dict(micro_batch_size=-1), "--micro_batch_size must be 0 or more"),
     (dict(rollout_batch_size=0), "--rollout_batch_size must be greater than 0"),
     (dict(data=None, student=None, teacher=None, max_new_tokens=None, method="opd", offload=True),
      "--offload is a setting of --method"),
