@@ -26,6 +26,14 @@ RUN = TOY | dict(method="effopd", steps=18, save_every=3, eval_every=2, lr=2e-3,
                  search_every=5)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """A shell's background jobs start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def arguments(settings):
     return [word for name, value in settings.items() for word in
             ((f"--{name}",) if value is True else (f"--{name}", str(value)))]
