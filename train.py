@@ -1161,10 +1161,11 @@ def load_state(out_dir) -> dict | None:
 def tidy(out_dir, record, last: int):
     """Take back what was written after the state: log lines, checkpoints of steps after `last`, files half written."""
     for path, lines in ((out_dir / "log.jsonl", record["log"]), (out_dir / "search.jsonl", record["searches"])):
+        if not lines:
+            path.unlink(missing_ok=True)
+            continue
         with replacing(path) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if not lines:
-            path.unlink()
     for path in sorted((out_dir / "checkpoints").iterdir()):
         number = path.name.removeprefix("step_")
         if number.isdecimal() and int(number) > last or path.suffix == ".part":
@@ -1391,16 +1392,17 @@ def grid(text: str, data=False) -> dict:
         run = {name: value for part in values for name, value in part.items()}
         if run.get("method", "race") == "race":
             raise ValueError("--sweep needs the methods of single runs, as in method=opd,effopd")
-        opd = useful({axis: run[axis] for axis in axes} | {"method": "opd"}, data or "data" in run)
-        run = useful(run, data or "data" in run)
+        from_file = data or "data" in run
+        opd = useful({axis: run[axis] for axis in axes} | {"method": "opd"}, from_file)
+        run = useful(run, from_file)
         runs[name_of(run)] = run, name_of(opd)
     return runs
 
 
 def sweep(settings: dict) -> int:
     """Do the runs that are not in sweep.json yet, then print the table and draw the figure: the exit status."""
-    data, target, jobs = bool(settings.get("data")), settings.pop("target", 0.0), settings.pop("jobs", 0)
-    runs = grid(settings.pop("sweep"), data)
+    target, jobs = settings.pop("target", 0.0), settings.pop("jobs", 0)
+    runs = grid(settings.pop("sweep"), bool(settings.get("data")))
     out_dir, where = Path(settings.pop("out_dir", "runs/sweep")), {"cache_dir": settings.pop("cache_dir", "cache")}
     file, jobs = out_dir / "sweep.json", jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count()))
     done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
@@ -1409,7 +1411,8 @@ def sweep(settings: dict) -> int:
                          f"{settings or 'these'}; name another --out_dir")
 
     def command(run):
-        run = useful(settings | run, data or "data" in run) | where
+        run = settings | run
+        run = useful(run, run.get("data")) | where
         return [word for name, value in run.items() for word in (f"--{name}", str(value))]
 
     configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
