@@ -198,167 +198,7 @@ class Config(Sweep, Search, Distillation, Real, Models, Run):
     """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
 
     def __post_init__(self):
-        for f in fields(self):                                # a default of 0 says that 0 may be
-            value, off = getattr(self, f.name), f.default == 0
-            if type(f.default) in (int, float) and f.name not in ("slip", "alignment_gate"):
-                if not (0 < value < math.inf or off and value == 0):
-                    raise ValueError(f"--{f.name} must be {'0 or more' if off else 'greater than 0'}, got {value}")
-        if self.digits not in (1, 2):
-            raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
-        if not 0 <= self.slip < 1:
-            raise ValueError(f"--slip is a probability below 1, got {self.slip}")
-        if self.method == "rl" and (self.group_size == 1 or self.batch_size % self.group_size):
-            raise ValueError(f"--group_size must be 2 or more and divide --batch_size ({self.batch_size}), "
-                             f"got {self.group_size}")
-        if not -1 <= self.alignment_gate <= 1:
-            raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {self.alignment_gate}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
-                             f"{2 * self.num_attention_heads}, got {self.hidden_size}")
-        space = 10 ** self.digits * (2 * 10 ** self.digits + 10) ** self.num_ops
-        if not self.data and self.eval_size > space // 10:
-            raise ValueError(f"--eval_size {self.eval_size}: there are {space:,} chains of {self.num_ops} operations, "
-                             f"and at most a tenth of them may be held out")
-        for name in ("student", "teacher"):
-            if not self.data and getattr(self, name) and not Path(getattr(self, name)).is_dir():
-                raise ValueError(f"--{name}: there is no directory {getattr(self, name)}")
-            if self.data and not getattr(self, name) and (name, self.method) != ("teacher", "sft"):
-                raise ValueError(f"--data needs --{name}, a Hugging Face checkpoint")
-        if self.data and not Path(self.data).is_file():
-            raise ValueError(f"--data: there is no file {self.data}")
-        device = str(pick_device(self.device))
-        if self.dtype == "auto":
-            self.dtype = "mixed" if self.data and device != "cpu" else "float32"
-        if self.preset == "gpu" and self.device == "auto" and device == "cpu":
-            raise ValueError("--preset gpu: this torch sees no CUDA GPU; --device cpu trains it on the CPU, for days")
-        self.device = device
-
-
-PRESETS = {  # defaults by preset and gap
-    ("laptop", "slip"): {},
-    ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
-    ("laptop", "habit"): dict(teacher_steps=400, teacher_lr=3e-3),
-}
-GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
-    num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
-    base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
-PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
-PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=500, teacher_lr=6e-4)
-PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
-
-REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
-    steps=64, lr=1e-6, batch_size=64, micro_batch_size=4, rollout_batch_size=64, eval_every=8, eval_size=200,
-    offload=True)
-
-RACE = {  # name: (directory, how it differs from the others)
-    "OPD": ("opd", dict(method="opd")),
-    "EffOPD, paper": ("effopd", dict(method="effopd", score="accuracy", candidates="linear", num_candidates=5)),
-    "EffOPD, batch KL": ("effopd-batch-kl", dict(method="effopd", score="batch_kl", candidates="doubling",
-                                                 num_candidates=8)),
-}
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
-    return device
-
-
-GROUPS = [Run, Models, Real, Distillation, Search, Sweep]
-OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that only these methods let you choose
-    "group_size": ("rl",), "offload": ("race", "effopd"),
-    "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
-
-
-def has_use(method: str, name: str, data) -> bool:
-    """Whether a method has a use for a setting. D_v is split off a file's problems, so its size is everybody's."""
-    return method in OWNERS.get(name, (method,)) or bool(data) and name == "dv_size"
-
-
-def make_parser(**options):
-    parser = HfArgumentParser(GROUPS, allow_abbrev=False, **options)
-    parser.error = stop
-    return parser
-
-
-def given(args=None) -> dict:
-    """The settings that a command line names itself: {name: value}."""
-    unset = argparse.Namespace(**dict.fromkeys(f.name for f in fields(Config)))
-    chosen = vars(make_parser(add_help=False).parse_known_args(args, unset)[0])
-    for name, value in chosen.items():
-        if isinstance(value, list):                           # what argparse makes of --lr=--
-            stop(f"--{name} needs a value")
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-def parse_config(args=None) -> Config:
-    chosen = given(args)
-    if "resume" in chosen:
-        return resumed(chosen["resume"], sys.argv[1:] if args is None else args)
-    parser = make_parser(description=__doc__.split("\n\n")[0], usage="python train.py [--SETTING VALUE ...]")
-    preset = PRESETS[chosen.get("preset", Config.preset), chosen.get("gap", Config.gap)]
-    parser.set_defaults(**preset | (REAL if chosen.get("data") else {}))
-    config = vars(parser.parse_args(args))
-    method = config["method"]
-    elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
-        ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
-        "--data; the built-in task")
-    elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
-    if config["gap"] == "skill":
-        elsewhere |= dict.fromkeys(("slip", "teacher_lr"), "the other gaps; --gap skill")
-    if config["loss"] != "top_k":
-        elsewhere["top_k"] = "--loss top_k; another loss"
-    if config["no_chat_template"]:
-        elsewhere["thinking"] = "the chat template; --no_chat_template"
-    for name, value in config.items():
-        if value == parser.get_default(name):
-            continue
-        if not has_use(method, name, config["data"]):
-            stop(f"--{name} is a setting of --method {OWNERS[name][-1]}; --method {method} has no use for it")
-        if name in elsewhere:
-            stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
-    try:
-        return Config(**config)
-    except ValueError as error:
-        stop(error)
-
-
-def resumed(directory: str, args) -> Config:
-    """The settings of the run in this directory."""
-    others = sorted({a.split("=")[0] for a in args if a.startswith("--")} - {"--resume"})
-    if others:
-        stop(f"--resume takes every setting from the run; leave out {', '.join(others)}")
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        stop(f"--resume: there is no {path}, so nothing can go on there")
-    try:
-        saved = json.loads(path.read_text())
-        saved = {name: value for name, value in saved.items() if name != "versions"}
-        kinds = {f.name: type(f.default) for f in fields(Config)}
-        wrong = [name for name, value in saved.items() if type(value) is not kinds.get(name)]
-        if wrong:
-            raise TypeError(f"cannot read {', '.join(wrong)}")
-    except (ValueError, TypeError, AttributeError) as error:
-        stop(f"{path} is damaged or of another version ({first_line(error)}); a new run can start from its weights "
-             f"with --student {last_checkpoint(path.parent)}")
-    try:
-        return Config(**saved | dict(out_dir=directory, resume=directory))
-    except ValueError as error:                               # the settings are well, but not here and now
-        stop(f"{path}: {error}")
-
-
-def stop(message):
-    """One line, and a status that says something went wrong."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+        check(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -428,125 +268,6 @@ class Chains:
         return self.encoding.decode([t for t in tokens if t != self.end])
 
 
-class WordProblems:
-    """Problems from a file, asked through a Hugging Face tokenizer; answers are graded by math-verify.
-
-    The file has a JSON object on each line. ValueError names the line that cannot be used.
-    """
-
-    def __init__(self, config: Config, tokenizer, end: list[int], context: int):
-        self.config, self.tokenizer, self.end = config, tokenizer, end
-        self.max_response, self.rollout_batch_size = config.max_new_tokens, config.rollout_batch_size
-        self.compile = config.compile
-        self.solutions, self.gold, self.prompts = {}, {}, {}   # by problem: text, parsed answer, token ids
-        if not (config.no_chat_template or tokenizer.chat_template):
-            raise ValueError("the student's tokenizer has no chat template; --no_chat_template asks without one")
-        if config.system and config.no_chat_template:
-            raise ValueError("--system is part of the chat template that --no_chat_template turns off")
-        lines = read_jsonl(config.data, config.prompt_field, config.answer_field)
-        for where, problem, solution in tqdm(lines, desc="problems", delay=2, dynamic_ncols=True):
-            if solution != self.solutions.get(problem, solution):
-                raise ValueError(f"{where}: the same problem as in a line before, with another answer")
-            self.gold[problem] = parse_answer(solution, gold=True)
-            if not self.gold[problem]:
-                raise ValueError(f"{where}: no answer can be read from {solution[-60:]!r}")
-            self.solutions[problem], self.prompts[problem] = solution, self.prompt_of(problem)
-            if len(self.prompts[problem]) + self.max_response > context:
-                raise ValueError(f"{where}: a prompt of {len(self.prompts[problem])} tokens and --max_new_tokens "
-                                 f"{self.max_response} exceed the context of {context}")
-        needed = config.eval_size + config.dv_size + config.batch_size
-        if len(self.gold) < needed:
-            raise ValueError(f"{config.data} has {len(self.gold)} different problems, and --eval_size, --dv_size and a "
-                             f"batch need {needed}")
-
-    def prompt_of(self, problem: str) -> list[int]:
-        if self.config.no_chat_template:
-            return self.tokenizer(problem).input_ids
-        chat = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat + [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True,
-                return_dict=False, enable_thinking=self.config.thinking)       # which other templates ignore
-        except Exception as error:                            # a template can raise anything
-            raise ValueError(f"the student's chat template fails: {first_line(error)}; --no_chat_template does without"
-                             + " it, no --system perhaps as well" * bool(self.config.system)) from None
-
-    def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
-        """n different problems, none of them in exclude."""
-        return rng.sample([p for p in self.gold if p not in exclude], n)
-
-    def batches(self, n: int, rng: random.Random, exclude):
-        """Training problems, n at a time: each once before any comes again."""
-        deck = []
-        while True:
-            while len(deck) < n:
-                deck += self.problems(len(self.gold) - len(exclude), rng, exclude)
-            yield deck[:n]
-            del deck[:n]
-
-    def solve(self, problem: str) -> str:
-        """The file's own answer."""
-        return self.solutions[problem]
-
-    def is_correct(self, problem: str, answer: str) -> bool:
-        from math_verify import verify
-        return verify(self.gold[problem], parse_answer(answer))
-
-    def encode(self, problem: str) -> list[int]:
-        return self.prompts[problem]
-
-    def encode_answer(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids + self.end[:1]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def read_jsonl(path: str, prompt_field: str, answer_field: str):
-    """Yields ("FILE, line N", problem, answer), texts both. ValueError with the line's number for a bad line."""
-    empty = True
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, start=1):
-            where = f"{path}, line {n}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:     # UnicodeDecodeError is a ValueError
-                raise ValueError(f"{where} is not JSON: {first_line(error)}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object, {{\"{prompt_field}\": ..., \"{answer_field}\": ...}}")
-            for option, name, kinds in (("--prompt_field", prompt_field, (str,)),
-                                        ("--answer_field", answer_field, (str, int, float))):
-                if name not in row:
-                    raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
-                                     f"choose with {option}")
-                text = str(row[name]).encode(errors="replace").decode()        # "\\ud800" is JSON, but no text
-                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
-                        text != str(row[name])):
-                    raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
-            empty, answer = False, row[answer_field]
-            if isinstance(answer, float):
-                if not math.isfinite(answer):
-                    raise ValueError(f"{where}: {answer_field!r} is {answer}")
-                answer = np.format_float_positional(answer, trim="-")          # 1e-7 would be read as 1 * e - 7
-            yield where, row[prompt_field], str(answer)
-    if empty:
-        raise ValueError(f"{path} is empty")
-
-
-def parse_answer(text: str, gold=False) -> list:
-    """What math-verify reads as the answer: after GSM8K's ####, in a \\boxed{}, or the last expression of the text."""
-    from math_verify import parse
-    if "####" in text:
-        text = text.rpartition("####")[2]
-    text = text.replace("\\$", "").strip()                    # dollars
-    number = re.fullmatch(r"[-+$]*[\d,]*\.?\d+(\s+[A-Za-z. ]+)?", text)       # perhaps with a unit
-    if gold and not number and "boxed" not in text:
-        text = f"\\boxed{{{text.strip('$')}}}"
-    return parse(text)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Base and teacher: supervised training, once, then kept on disk.
 
@@ -601,139 +322,6 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
         fit(model, task, config, config.base_steps + config.teacher_steps, config.base_lr, 0.0, rng, exclude,
             "base and teacher", snapshot=(config.base_steps, directory / "base"))
     model.save_pretrained(directory / "teacher")
-
-
-def load(config: Config):
-    """The task, the student to start from and its teacher."""
-    if config.data:
-        task, student, teacher = load_real(config)
-    else:
-        task = Chains(config.num_ops, config.digits, config.rollout_batch_size, config.compile)
-        student, teacher = load_models(config, task)
-    student.gradient_checkpointing = config.gradient_checkpointing
-    student.precision = torch.bfloat16 if config.dtype == "mixed" else None
-    return task, student, teacher
-
-
-def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
-    """From the cache, made first if they are not there yet."""
-    recipe = {name: getattr(config, name) for name in (
-        "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads", "eval_size",
-        "intermediate_size", "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr")}
-    recipe["version"] = 1                                     # to be raised when the training above changes
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:10]
-    home = Path(config.cache_dir) / f"{config.gap}-{key}"
-    if not (config.student and config.teacher) and not home.exists():
-        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=config.cache_dir, prefix="unfinished-") as scratch:
-            made = Path(scratch) / "models"
-            make_base_and_teacher(config, task, made)
-            write_json(made / "recipe.json", recipe)
-            try:
-                made.rename(home)                             # all or nothing: no half-made model is ever read
-            except OSError:
-                if not home.exists():                         # else another process was first, with the same
-                    raise
-    models = []
-    for option, built_in in (("student", "base"), ("teacher", "teacher")):
-        directory = getattr(config, option) or home / built_in
-        try:
-            model = GPT.from_pretrained(directory, dtype_of(config, option)).to(config.device)
-        except (ValueError, OSError) as error:
-            raise error if directory != home / built_in else ValueError(
-                f"{home} is damaged ({first_line(error)}): remove it and it will be made again") from None
-        if model.config.vocab_size != task.vocab_size:
-            raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
-        if model.config.max_position_embeddings < task.max_prompt + task.max_response:
-            raise ValueError(f"--{option}: a context of {model.config.max_position_embeddings} tokens is too short for "
-                             f"problems and answers of up to {task.max_prompt + task.max_response}")
-        models.append(model)
-    return models[0], models[1].requires_grad_(False)
-
-
-def dtype_of(config, role: str) -> torch.dtype:
-    """Of the weights of student or teacher."""
-    low = config.dtype == "bfloat16" or config.dtype == "mixed" and role == "teacher"
-    return torch.bfloat16 if low else torch.float32
-
-
-def load_real(config: Config):
-    """Hugging Face checkpoints and a file of problems. ValueError where the two models do not go together."""
-    student = GPT.from_pretrained(config.student, dtype_of(config, "student")).to(config.device)
-    tokenizer, end = tokenizer_of(student)
-    teacher, both_end = None, end
-    student.tokens_in_use = max(tokenizer.get_vocab().values()) + 1          # the head's other rows are padding
-    if config.teacher:
-        teacher = GPT.from_pretrained(config.teacher, dtype_of(config, "teacher")).to(config.device)
-        teacher.requires_grad_(False)
-        teacher_tokenizer, teacher_end = tokenizer_of(teacher)
-        both_end = end + [token for token in teacher_end if token not in end]
-        same_vocabulary(tokenizer, teacher_tokenizer)
-        teacher.tokens_in_use = student.tokens_in_use
-    context = min(model.config.max_position_embeddings for model in (student, teacher or student))
-    task = WordProblems(config, tokenizer, both_end, context)
-    lengths = sorted(map(len, task.prompts.values()))
-    print(f"Data        {len(lengths):,} problems: {config.eval_size} for evaluation, {config.dv_size} for D_v, the "
-          f"rest to train on; prompts of {lengths[0]} to {lengths[-1]} tokens")
-    print(f"Prompt      {tokenizer.decode(min(task.prompts.values(), key=len))!r}")
-    print(f"Vocabulary  {len(tokenizer):,} tokens" + (", the same in both" if teacher else "") +
-          f"; an answer ends at {', '.join(repr(tokenizer.decode([token])) for token in both_end)}")
-    if teacher is not None:
-        if teacher_end != end:
-            print(f"            the student's own end: {end}, the teacher's: {teacher_end}; either ends an answer")
-        if not config.no_chat_template and teacher_tokenizer.chat_template != tokenizer.chat_template:
-            print("            the teacher's own chat template is another; both are given the student's")
-        canary(config, task, teacher)
-    return task, student, teacher
-
-
-def tokenizer_of(model):
-    """The tokenizer that lies beside a checkpoint, and the tokens that end an answer."""
-    from transformers import AutoTokenizer, GenerationConfig
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.source)
-    except Exception as error:                                # a broken file can raise anything
-        raise ValueError(f"{model.source} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
-    if max(tokenizer.get_vocab().values()) >= len(model.lm_head.weight):
-        raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                         f"{len(model.lm_head.weight)}")
-    ends = [tokenizer.eos_token_id, model.config.eos_token_id]                   # the first ends what sft teaches
-    if (model.source / "generation_config.json").is_file():
-        try:
-            ends.append(GenerationConfig.from_pretrained(model.source).eos_token_id)
-        except Exception as error:
-            raise ValueError(f"{model.source}/generation_config.json cannot be read: {first_line(error)}") from None
-    flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
-    if not flat:
-        raise ValueError(f"{model.source} names no end token, so an answer would never end")
-    return tokenizer, list(dict.fromkeys(flat))
-
-
-def same_vocabulary(student, teacher):
-    """ValueError unless every token has the same id in both: equal sizes prove nothing, and padding rows no harm."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    different = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"student and teacher have different vocabularies ({len(different):,} tokens differ; {token!r} is "
-            f"{ours.get(token, 'absent')} and {theirs.get(token, 'absent')}): on-policy distillation compares them "
-            "token by token, so take two models of one family")
-
-
-@torch.no_grad()
-def canary(config, task, teacher):
-    """ValueError for a teacher that finds its own most probable answers improbable: not loaded as it was made."""
-    problems = task.problems(4, random.Random("canary"))
-    prompts = [task.encode(p) for p in problems]
-    rollout = teacher.generate(prompts, min(32, task.max_response), temperature=0, eos_token_id=task.end)
-    batch = pack(prompts, trim(rollout), teacher.device)
-    log_p = log_prob_of(teacher, states(teacher, batch), batch.ids[:, 1:][batch.mask])     # (N,)
-    mean, uniform = log_p.mean().item(), -math.log(teacher.tokens_in_use)
-    print(f"Teacher     mean log-probability of its own greedy answers {mean:.2f} a token (of guessing: {uniform:.2f})")
-    if not mean > uniform / 2:
-        raise ValueError(f"--teacher {config.teacher}: its own greedy answers have a mean log-probability of "
-                         f"{mean:.2f} a token, and guessing has {uniform:.2f}: it is untrained, or was loaded wrongly")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -939,7 +527,7 @@ class Training:
         self.record["examples"] = wrong_answers(self.task, self.held_out, answers)
         write_json(self.out_dir / "config.json", with_versions(self.config))
         save_checkpoint(self.student, self.out_dir, "step_000000", self.config.keep_last)
-        self.save(random_states(self.generator))
+        save_state(self, random_states(self.generator))
 
     def take_step(self, step: int):
         """Rollouts, loss, gradients, optimiser. ValueError for numbers that are not finite, unless they are skipped."""
@@ -987,41 +575,6 @@ class Training:
         record["log"].append(line)
         append_json(self.out_dir / "log.jsonl", line)
 
-    def save(self, random_states: dict):
-        """Write state.pt; the one before it stays as state_previous.pt."""
-        state = dict(record=self.record, student=self.student.state_dict(), optimizer=self.optimizer.state_dict(),
-                     effopd=self.effopd and self.effopd.state_dict(), random=random_states)
-        if self.pending is not None:                          # then its search is made again, which needs these
-            batch, targets, line = self.pending
-            state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
-                                    gradients={name: p.grad for name, p in self.student.named_parameters()})
-        path = self.out_dir / "state.pt"
-        with replacing(path) as scratch:
-            with open(scratch, "wb") as f:
-                torch.save(state, f)
-            if path.exists() and self.config.keep_last != 1:
-                path.replace(self.out_dir / "state_previous.pt")
-
-    def restore(self, state: dict):
-        self.record = state["record"]
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.effopd is not None:
-            self.effopd.load_state_dict(state["effopd"])
-        set_random_states(state["random"], self.generator)
-        self.score.tokens = self.record["validation_tokens"]
-        if "pending" in state:
-            saved, device = state["pending"], self.student.device
-            for name, p in self.student.named_parameters():
-                gradient = saved["gradients"][name]
-                p.grad = None if gradient is None else gradient.to(device)
-            batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
-            targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
-            self.pending = batch, targets, saved["line"]
-        for _ in range(self.record["step"] + (self.pending is not None)):
-            next(self.batches)                                # the data's order: draw once more what was used
-        tidy(self.out_dir, self.record, last=self.record["step"] + (self.pending is not None))
-
     def summary(self, label: str) -> dict:
         record, config = self.record, self.config
         searches = [{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in record["searches"]]
@@ -1038,7 +591,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
     Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
     """
     run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
-    run.start(evaluated) if state is None else run.restore(state)
+    run.start(evaluated) if state is None else restore(run, state)
     del state                                                 # it is as large as five copies of the weights
     done = run.record["step"]
     bar = tqdm(range(done + 1, config.steps + 1), desc=label, unit="step", dynamic_ncols=True, initial=done,
@@ -1055,11 +608,11 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                 if step % config.eval_every == 0 or step == config.steps:
                     run.evaluate()
             except KeyboardInterrupt:                         # asked twice: not even to the end of the step
-                run.save(before if run.pending is None else random_states(run.generator))
+                save_state(run, before if run.pending is None else random_states(run.generator))
                 raise Interrupted(f"in step {step}", run.signals.asked) from None
             run.finish_step(step)
             if power_of_2 or step % config.save_every == 0 or step == config.steps or run.signals.asked:
-                run.save(random_states(run.generator))
+                save_state(run, random_states(run.generator))
             if run.signals.asked:
                 raise Interrupted(f"after step {step}", run.signals.asked)
             loss = run.record["log"][-1]["loss"]
@@ -1082,6 +635,551 @@ def look_again(task, rows, answers):
     for row in rows:
         row["after"] = task.decode(answers[row["problem"]])
         row["right"] = task.is_correct(row["problem"], row["after"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The race: the same start, seed and problems for each method; then who got where at what cost.
+
+RACE = {  # name: (directory, how it differs from the others)
+    "OPD": ("opd", dict(method="opd")),
+    "EffOPD, paper": ("effopd", dict(method="effopd", score="accuracy", candidates="linear", num_candidates=5)),
+    "EffOPD, batch KL": ("effopd-batch-kl", dict(method="effopd", score="batch_kl", candidates="doubling",
+                                                 num_candidates=8)),
+}
+
+
+def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
+    rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
+    with suppress(FloatingPointError):                        # the runs themselves will say so, or skip it
+        backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
+    make_optimizer(config, rehearsal).step()
+    del rehearsal
+    write_json(out_dir / "config.json", with_versions(config))
+    runs = {}
+    for name, (directory, settings) in RACE.items():
+        (out_dir / directory).mkdir(exist_ok=True)
+        runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
+                            out_dir / directory, name, evaluated)
+        gc.collect()                                          # a run and its search refer to each other
+    summary = dict(config=with_versions(config), **compare(runs))
+    write_json(out_dir / "summary.json", summary)
+    return summary
+
+
+def first_at(curve, target) -> dict | None:
+    """The first point of an evaluation curve, step 0 aside, that is at the target accuracy."""
+    return next((point for point in curve[1:] if point["accuracy"] >= target - 1e-9), None)
+
+
+def compare(runs: dict) -> dict:
+    """What each run took, validation included, to the target: the accuracy that OPD ends with."""
+    target, methods = runs["OPD"]["final_accuracy"], {}
+    opd = first_at(runs["OPD"]["curve"], target)
+    for name, run in runs.items():
+        own = first_at(run["curve"], target)
+        methods[name] = {key: run[key] for key in ("final_accuracy", "searches", "curve", "examples")} | {
+            "reached": own, "speed_up": own and {unit: opd[unit] / own[unit] for unit in ("step", "tokens", "seconds")}}
+    return dict(target=target, methods=methods)
+
+
+def run_one(config: Config, out_dir: Path):
+    """Load, evaluate, train; then say and draw what came of it."""
+    task, student, teacher = load(config)
+    check_space(config, student, out_dir)
+    problems, evaluated = evaluation_problems(config, task), None
+    if not config.resume:
+        evaluated = evaluate(student, task, problems)
+        print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
+              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
+    if config.method == "race":
+        summary = race(config, task, student, teacher, out_dir, evaluated)
+        with replacing(out_dir / "race.png") as scratch:
+            draw_race(summary, scratch)
+        label = list(RACE)[-1]
+        print_examples(label, summary["methods"][label]["examples"])
+        print_race(summary)
+        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+    else:
+        summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
+        print_examples(config.method, summary["examples"])
+        print_run(summary)
+        print(f"\nEverything is in {out_dir}")
+
+
+# ================================================================================================================
+# Appendix. The story ends here; what follows is to look things up in.
+# ================================================================================================================
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tables and the picture.
+
+def print_run(summary):
+    print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after "
+          f"{summary['steps']} steps, {summary['tokens']:,} student tokens, {summary['seconds']:.1f} s\n")
+    for target in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+        point = first_at(summary["curve"], target)
+        print(f"  to accuracy {target:.2f}: " + (f"{point['step']} steps, {point['tokens']:,} student tokens, "
+                                               f"{point['seconds']:.1f} s" if point else "not reached"))
+
+
+def print_race(summary):
+    print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n\n"
+          f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}"
+          f"{'speed-up in steps':>20}{'tokens':>9}{'seconds':>9}")
+    for name, method in summary["methods"].items():
+        row, point, speed_up = f"{name:18}{method['final_accuracy']:9.3f}", method["reached"], method["speed_up"]
+        if point is None:
+            print(row + "  did not reach it")
+        else:
+            print(row + f"{point['step']:9}{point['tokens']:10,}{point['seconds']:9.1f}"
+                  f"{speed_up['step']:19.1f}x{speed_up['tokens']:8.1f}x{speed_up['seconds']:8.1f}x")
+
+
+def print_examples(label, examples):
+    print(f"\nProblems that the student got wrong before, and its answers after {label}:\n")
+    for e in examples:
+        print(f"  {e['problem']}\n    before  {e['before']}  wrong\n    after   {e['after']}  "
+              f"{'right' if e['right'] else 'wrong'}")
+
+
+def draw_race(summary, path):
+    """Accuracy against steps and against seconds; a dot where a search accepted a jump."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
+        for i, (name, m) in enumerate(summary["methods"].items()):
+            at = {point["step"]: point for point in m["curve"]}
+            axis.plot([p[unit] for p in m["curve"]], [p["accuracy"] for p in m["curve"]], color=f"C{i}", label=name)
+            jumps = [at[min(s for s in at if s >= search["step"])] for search in m["searches"] if search["accepted"]]
+            axis.plot([p[unit] for p in jumps], [p["accuracy"] for p in jumps], "o", color=f"C{i}")
+        axis.axhline(summary["target"], color="grey", linestyle=":", label="where OPD ends")
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (one sampled answer a problem)")
+    panels[0].legend(loc="lower right")
+    figure.suptitle("One student, one teacher, three ways to distil (dots: where a search accepted a jump)")
+    figure.savefig(path, dpi=120, format="png")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line.
+
+PRESETS = {  # defaults by preset and gap
+    ("laptop", "slip"): {},
+    ("laptop", "skill"): dict(base_steps=250, teacher_steps=350),
+    ("laptop", "habit"): dict(teacher_steps=400, teacher_lr=3e-3),
+}
+GPU = dict(  # a guess, sized by arithmetic: no GPU has tried it
+    num_ops=8, digits=2, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+    base_lr=6e-4, base_batch_size=128, teacher_lr=2e-4, lr=2e-5)
+PRESETS["gpu", "slip"] = GPU | dict(base_steps=2000, teacher_steps=200)
+PRESETS["gpu", "habit"] = GPU | dict(base_steps=2000, teacher_steps=500, teacher_lr=6e-4)
+PRESETS["gpu", "skill"] = GPU | dict(base_steps=600, teacher_steps=1400)
+REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; the learning rate is the paper's
+    steps=64, lr=1e-6, batch_size=64, micro_batch_size=4, rollout_batch_size=64, eval_every=8, eval_size=200,
+    offload=True)
+
+
+def check(config: Config):
+    """ValueError for a value that cannot work. Settles --device auto and --dtype auto."""
+    for f in fields(config):                                # a default of 0 says that 0 may be
+        value, off = getattr(config, f.name), f.default == 0
+        if type(f.default) in (int, float) and f.name not in ("slip", "alignment_gate"):
+            if not (0 < value < math.inf or off and value == 0):
+                raise ValueError(f"--{f.name} must be {'0 or more' if off else 'greater than 0'}, got {value}")
+    if config.digits not in (1, 2):
+        raise ValueError(f"--digits must be 1 or 2, got {config.digits}")
+    if not 0 <= config.slip < 1:
+        raise ValueError(f"--slip is a probability below 1, got {config.slip}")
+    if config.method == "rl" and (config.group_size == 1 or config.batch_size % config.group_size):
+        raise ValueError(f"--group_size must be 2 or more and divide --batch_size ({config.batch_size}), "
+                         f"got {config.group_size}")
+    if not -1 <= config.alignment_gate <= 1:
+        raise ValueError(f"--alignment_gate is a cosine, -1 (off) to 1, got {config.alignment_gate}")
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
+                         f"{2 * config.num_attention_heads}, got {config.hidden_size}")
+    space = 10 ** config.digits * (2 * 10 ** config.digits + 10) ** config.num_ops
+    if not config.data and config.eval_size > space // 10:
+        raise ValueError(f"--eval_size {config.eval_size}: there are {space:,} chains of {config.num_ops} operations, "
+                         f"and at most a tenth of them may be held out")
+    for name in ("student", "teacher"):
+        if not config.data and getattr(config, name) and not Path(getattr(config, name)).is_dir():
+            raise ValueError(f"--{name}: there is no directory {getattr(config, name)}")
+        if config.data and not getattr(config, name) and (name, config.method) != ("teacher", "sft"):
+            raise ValueError(f"--data needs --{name}, a Hugging Face checkpoint")
+    if config.data and not Path(config.data).is_file():
+        raise ValueError(f"--data: there is no file {config.data}")
+    device = str(pick_device(config.device))
+    if config.dtype == "auto":
+        config.dtype = "mixed" if config.data and device != "cpu" else "float32"
+    if config.preset == "gpu" and config.device == "auto" and device == "cpu":
+        raise ValueError("--preset gpu: this torch sees no CUDA GPU; --device cpu trains it on the CPU, for days")
+    config.device = device
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
+    return device
+
+
+GROUPS = [Run, Models, Real, Distillation, Search, Sweep]
+OWNERS = {f.name: ("effopd",) for f in fields(Search)} | {   # settings that only these methods let you choose
+    "group_size": ("rl",), "offload": ("race", "effopd"),
+    "loss": ("race", "opd", "effopd"), "top_k": ("race", "opd", "effopd")}
+
+
+def has_use(method: str, name: str, data) -> bool:
+    """Whether a method has a use for a setting. D_v is split off a file's problems, so its size is everybody's."""
+    return method in OWNERS.get(name, (method,)) or bool(data) and name == "dv_size"
+
+
+def make_parser(**options):
+    parser = HfArgumentParser(GROUPS, allow_abbrev=False, **options)
+    parser.error = stop
+    return parser
+
+
+def given(args=None) -> dict:
+    """The settings that a command line names itself: {name: value}."""
+    unset = argparse.Namespace(**dict.fromkeys(f.name for f in fields(Config)))
+    chosen = vars(make_parser(add_help=False).parse_known_args(args, unset)[0])
+    for name, value in chosen.items():
+        if isinstance(value, list):                           # what argparse makes of --lr=--
+            stop(f"--{name} needs a value")
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def parse_config(args=None) -> Config:
+    chosen = given(args)
+    if "resume" in chosen:
+        return resumed(chosen["resume"], sys.argv[1:] if args is None else args)
+    parser = make_parser(description=__doc__.split("\n\n")[0], usage="python train.py [--SETTING VALUE ...]")
+    preset = PRESETS[chosen.get("preset", Config.preset), chosen.get("gap", Config.gap)]
+    parser.set_defaults(**preset | (REAL if chosen.get("data") else {}))
+    config = vars(parser.parse_args(args))
+    method = config["method"]
+    elsewhere = {f.name: "the built-in task; --data" for f in fields(Models)} if config["data"] else dict.fromkeys(
+        ("prompt_field", "answer_field", "system", "no_chat_template", "thinking", "max_new_tokens"),
+        "--data; the built-in task")
+    elsewhere |= dict.fromkeys(("target", "jobs"), "--sweep; a single run")
+    if config["gap"] == "skill":
+        elsewhere |= dict.fromkeys(("slip", "teacher_lr"), "the other gaps; --gap skill")
+    if config["loss"] != "top_k":
+        elsewhere["top_k"] = "--loss top_k; another loss"
+    if config["no_chat_template"]:
+        elsewhere["thinking"] = "the chat template; --no_chat_template"
+    for name, value in config.items():
+        if value == parser.get_default(name):
+            continue
+        if not has_use(method, name, config["data"]):
+            stop(f"--{name} is a setting of --method {OWNERS[name][-1]}; --method {method} has no use for it")
+        if name in elsewhere:
+            stop(f"--{name} is a setting of {elsewhere[name]} has no use for it")
+    try:
+        return Config(**config)
+    except ValueError as error:
+        stop(error)
+
+
+def resumed(directory: str, args) -> Config:
+    """The settings of the run in this directory."""
+    others = sorted({a.split("=")[0] for a in args if a.startswith("--")} - {"--resume"})
+    if others:
+        stop(f"--resume takes every setting from the run; leave out {', '.join(others)}")
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        stop(f"--resume: there is no {path}, so nothing can go on there")
+    try:
+        saved = json.loads(path.read_text())
+        saved = {name: value for name, value in saved.items() if name != "versions"}
+        kinds = {f.name: type(f.default) for f in fields(Config)}
+        wrong = [name for name, value in saved.items() if type(value) is not kinds.get(name)]
+        if wrong:
+            raise TypeError(f"cannot read {', '.join(wrong)}")
+    except (ValueError, TypeError, AttributeError) as error:
+        stop(f"{path} is damaged or of another version ({first_line(error)}); a new run can start from its weights "
+             f"with --student {last_checkpoint(path.parent)}")
+    try:
+        return Config(**saved | dict(out_dir=directory, resume=directory))
+    except ValueError as error:                               # the settings are well, but not here and now
+        stop(f"{path}: {error}")
+
+
+def stop(message):
+    """One line, and a status that says something went wrong."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The models: built-in ones from the cache, or checkpoints.
+
+def load(config: Config):
+    """The task, the student to start from and its teacher."""
+    if config.data:
+        task, student, teacher = load_real(config)
+    else:
+        task = Chains(config.num_ops, config.digits, config.rollout_batch_size, config.compile)
+        student, teacher = load_models(config, task)
+    student.gradient_checkpointing = config.gradient_checkpointing
+    student.precision = torch.bfloat16 if config.dtype == "mixed" else None
+    return task, student, teacher
+
+
+def load_models(config: Config, task: Chains) -> tuple[GPT, GPT]:
+    """From the cache, made first if they are not there yet."""
+    recipe = {name: getattr(config, name) for name in (
+        "gap", "num_ops", "digits", "slip", "hidden_size", "num_hidden_layers", "num_attention_heads", "eval_size",
+        "intermediate_size", "base_steps", "base_lr", "base_batch_size", "teacher_steps", "teacher_lr")}
+    recipe["version"] = 1                                     # to be raised when the training above changes
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:10]
+    home = Path(config.cache_dir) / f"{config.gap}-{key}"
+    if not (config.student and config.teacher) and not home.exists():
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=config.cache_dir, prefix="unfinished-") as scratch:
+            made = Path(scratch) / "models"
+            make_base_and_teacher(config, task, made)
+            write_json(made / "recipe.json", recipe)
+            try:
+                made.rename(home)                             # all or nothing: no half-made model is ever read
+            except OSError:
+                if not home.exists():                         # else another process was first, with the same
+                    raise
+    models = []
+    for option, built_in in (("student", "base"), ("teacher", "teacher")):
+        directory = getattr(config, option) or home / built_in
+        try:
+            model = GPT.from_pretrained(directory, dtype_of(config, option)).to(config.device)
+        except (ValueError, OSError) as error:
+            raise error if directory != home / built_in else ValueError(
+                f"{home} is damaged ({first_line(error)}): remove it and it will be made again") from None
+        if model.config.vocab_size != task.vocab_size:
+            raise ValueError(f"--{option}: this model has {model.config.vocab_size} tokens, the task {task.vocab_size}")
+        if model.config.max_position_embeddings < task.max_prompt + task.max_response:
+            raise ValueError(f"--{option}: a context of {model.config.max_position_embeddings} tokens is too short for "
+                             f"problems and answers of up to {task.max_prompt + task.max_response}")
+        models.append(model)
+    return models[0], models[1].requires_grad_(False)
+
+
+def dtype_of(config, role: str) -> torch.dtype:
+    """Of the weights of student or teacher."""
+    low = config.dtype == "bfloat16" or config.dtype == "mixed" and role == "teacher"
+    return torch.bfloat16 if low else torch.float32
+
+
+def load_real(config: Config):
+    """Hugging Face checkpoints and a file of problems. ValueError where the two models do not go together."""
+    student = GPT.from_pretrained(config.student, dtype_of(config, "student")).to(config.device)
+    tokenizer, end = tokenizer_of(student)
+    teacher, both_end = None, end
+    student.tokens_in_use = max(tokenizer.get_vocab().values()) + 1          # the head's other rows are padding
+    if config.teacher:
+        teacher = GPT.from_pretrained(config.teacher, dtype_of(config, "teacher")).to(config.device)
+        teacher.requires_grad_(False)
+        teacher_tokenizer, teacher_end = tokenizer_of(teacher)
+        both_end = end + [token for token in teacher_end if token not in end]
+        same_vocabulary(tokenizer, teacher_tokenizer)
+        teacher.tokens_in_use = student.tokens_in_use
+    context = min(model.config.max_position_embeddings for model in (student, teacher or student))
+    task = WordProblems(config, tokenizer, both_end, context)
+    lengths = sorted(map(len, task.prompts.values()))
+    print(f"Data        {len(lengths):,} problems: {config.eval_size} for evaluation, {config.dv_size} for D_v, the "
+          f"rest to train on; prompts of {lengths[0]} to {lengths[-1]} tokens")
+    print(f"Prompt      {tokenizer.decode(min(task.prompts.values(), key=len))!r}")
+    print(f"Vocabulary  {len(tokenizer):,} tokens" + (", the same in both" if teacher else "") +
+          f"; an answer ends at {', '.join(repr(tokenizer.decode([token])) for token in both_end)}")
+    if teacher is not None:
+        if teacher_end != end:
+            print(f"            the student's own end: {end}, the teacher's: {teacher_end}; either ends an answer")
+        if not config.no_chat_template and teacher_tokenizer.chat_template != tokenizer.chat_template:
+            print("            the teacher's own chat template is another; both are given the student's")
+        canary(config, task, teacher)
+    return task, student, teacher
+
+
+def tokenizer_of(model):
+    """The tokenizer that lies beside a checkpoint, and the tokens that end an answer."""
+    from transformers import AutoTokenizer, GenerationConfig
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.source)
+    except Exception as error:                                # a broken file can raise anything
+        raise ValueError(f"{model.source} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
+    if max(tokenizer.get_vocab().values()) >= len(model.lm_head.weight):
+        raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                         f"{len(model.lm_head.weight)}")
+    ends = [tokenizer.eos_token_id, model.config.eos_token_id]                   # the first ends what sft teaches
+    if (model.source / "generation_config.json").is_file():
+        try:
+            ends.append(GenerationConfig.from_pretrained(model.source).eos_token_id)
+        except Exception as error:
+            raise ValueError(f"{model.source}/generation_config.json cannot be read: {first_line(error)}") from None
+    flat = [token for end in ends for token in (end if isinstance(end, list) else [end]) if token is not None]
+    if not flat:
+        raise ValueError(f"{model.source} names no end token, so an answer would never end")
+    return tokenizer, list(dict.fromkeys(flat))
+
+
+def same_vocabulary(student, teacher):
+    """ValueError unless every token has the same id in both: equal sizes prove nothing, and padding rows no harm."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    different = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"student and teacher have different vocabularies ({len(different):,} tokens differ; {token!r} is "
+            f"{ours.get(token, 'absent')} and {theirs.get(token, 'absent')}): on-policy distillation compares them "
+            "token by token, so take two models of one family")
+
+
+@torch.no_grad()
+def canary(config, task, teacher):
+    """ValueError for a teacher that finds its own most probable answers improbable: not loaded as it was made."""
+    problems = task.problems(4, random.Random("canary"))
+    prompts = [task.encode(p) for p in problems]
+    rollout = teacher.generate(prompts, min(32, task.max_response), temperature=0, eos_token_id=task.end)
+    batch = pack(prompts, trim(rollout), teacher.device)
+    log_p = log_prob_of(teacher, states(teacher, batch), batch.ids[:, 1:][batch.mask])     # (N,)
+    mean, uniform = log_p.mean().item(), -math.log(teacher.tokens_in_use)
+    print(f"Teacher     mean log-probability of its own greedy answers {mean:.2f} a token (of guessing: {uniform:.2f})")
+    if not mean > uniform / 2:
+        raise ValueError(f"--teacher {config.teacher}: its own greedy answers have a mean log-probability of "
+                         f"{mean:.2f} a token, and guessing has {uniform:.2f}: it is untrained, or was loaded wrongly")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Problems from a file.
+
+class WordProblems:
+    """Problems from a file, asked through a Hugging Face tokenizer; answers are graded by math-verify.
+
+    The file has a JSON object on each line. ValueError names the line that cannot be used.
+    """
+
+    def __init__(self, config: Config, tokenizer, end: list[int], context: int):
+        self.config, self.tokenizer, self.end = config, tokenizer, end
+        self.max_response, self.rollout_batch_size = config.max_new_tokens, config.rollout_batch_size
+        self.compile = config.compile
+        self.solutions, self.gold, self.prompts = {}, {}, {}   # by problem: text, parsed answer, token ids
+        if not (config.no_chat_template or tokenizer.chat_template):
+            raise ValueError("the student's tokenizer has no chat template; --no_chat_template asks without one")
+        if config.system and config.no_chat_template:
+            raise ValueError("--system is part of the chat template that --no_chat_template turns off")
+        lines = read_jsonl(config.data, config.prompt_field, config.answer_field)
+        for where, problem, solution in tqdm(lines, desc="problems", delay=2, dynamic_ncols=True):
+            if solution != self.solutions.get(problem, solution):
+                raise ValueError(f"{where}: the same problem as in a line before, with another answer")
+            self.gold[problem] = parse_answer(solution, gold=True)
+            if not self.gold[problem]:
+                raise ValueError(f"{where}: no answer can be read from {solution[-60:]!r}")
+            self.solutions[problem], self.prompts[problem] = solution, self.prompt_of(problem)
+            if len(self.prompts[problem]) + self.max_response > context:
+                raise ValueError(f"{where}: a prompt of {len(self.prompts[problem])} tokens and --max_new_tokens "
+                                 f"{self.max_response} exceed the context of {context}")
+        needed = config.eval_size + config.dv_size + config.batch_size
+        if len(self.gold) < needed:
+            raise ValueError(f"{config.data} has {len(self.gold)} different problems, and --eval_size, --dv_size and a "
+                             f"batch need {needed}")
+
+    def prompt_of(self, problem: str) -> list[int]:
+        if self.config.no_chat_template:
+            return self.tokenizer(problem).input_ids
+        chat = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat + [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True,
+                return_dict=False, enable_thinking=self.config.thinking)       # which other templates ignore
+        except Exception as error:                            # a template can raise anything
+            raise ValueError(f"the student's chat template fails: {first_line(error)}; --no_chat_template does without"
+                             + " it, no --system perhaps as well" * bool(self.config.system)) from None
+
+    def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
+        """n different problems, none of them in exclude."""
+        return rng.sample([p for p in self.gold if p not in exclude], n)
+
+    def batches(self, n: int, rng: random.Random, exclude):
+        """Training problems, n at a time: each once before any comes again."""
+        deck = []
+        while True:
+            while len(deck) < n:
+                deck += self.problems(len(self.gold) - len(exclude), rng, exclude)
+            yield deck[:n]
+            del deck[:n]
+
+    def solve(self, problem: str) -> str:
+        """The file's own answer."""
+        return self.solutions[problem]
+
+    def is_correct(self, problem: str, answer: str) -> bool:
+        from math_verify import verify
+        return verify(self.gold[problem], parse_answer(answer))
+
+    def encode(self, problem: str) -> list[int]:
+        return self.prompts[problem]
+
+    def encode_answer(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids + self.end[:1]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def read_jsonl(path: str, prompt_field: str, answer_field: str):
+    """Yields ("FILE, line N", problem, answer), texts both. ValueError with the line's number for a bad line."""
+    empty = True
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, start=1):
+            where = f"{path}, line {n}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:     # UnicodeDecodeError is a ValueError
+                raise ValueError(f"{where} is not JSON: {first_line(error)}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is not a JSON object, {{\"{prompt_field}\": ..., \"{answer_field}\": ...}}")
+            for option, name, kinds in (("--prompt_field", prompt_field, (str,)),
+                                        ("--answer_field", answer_field, (str, int, float))):
+                if name not in row:
+                    raise ValueError(f"{where} has no field {name!r} but {', '.join(map(repr, row))[:200] or 'none'}; "
+                                     f"choose with {option}")
+                text = str(row[name]).encode(errors="replace").decode()        # "\\ud800" is JSON, but no text
+                if isinstance(row[name], bool) or not isinstance(row[name], kinds) or not text.strip() or (
+                        text != str(row[name])):
+                    raise ValueError(f"{where}: {name!r} is not a text{' or a number' if float in kinds else ''}")
+            empty, answer = False, row[answer_field]
+            if isinstance(answer, float):
+                if not math.isfinite(answer):
+                    raise ValueError(f"{where}: {answer_field!r} is {answer}")
+                answer = np.format_float_positional(answer, trim="-")          # 1e-7 would be read as 1 * e - 7
+            yield where, row[prompt_field], str(answer)
+    if empty:
+        raise ValueError(f"{path} is empty")
+
+
+def parse_answer(text: str, gold=False) -> list:
+    """What math-verify reads as the answer: after GSM8K's ####, in a \\boxed{}, or the last expression of the text."""
+    from math_verify import parse
+    if "####" in text:
+        text = text.rpartition("####")[2]
+    text = text.replace("\\$", "").strip()                    # dollars
+    number = re.fullmatch(r"[-+$]*[\d,]*\.?\d+(\s+[A-Za-z. ]+)?", text)       # perhaps with a unit
+    if gold and not number and "boxed" not in text:
+        text = f"\\boxed{{{text.strip('$')}}}"
+    return parse(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1142,6 +1240,43 @@ def set_random_states(states, generator):
     generator.set_state(states["generator"])
 
 
+def save_state(run: Training, random_states: dict):
+    """Write state.pt; the one before it stays as state_previous.pt."""
+    state = dict(record=run.record, student=run.student.state_dict(), optimizer=run.optimizer.state_dict(),
+                 effopd=run.effopd and run.effopd.state_dict(), random=random_states)
+    if run.pending is not None:                          # then its search is made again, which needs these
+        batch, targets, line = run.pending
+        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+                                gradients={name: p.grad for name, p in run.student.named_parameters()})
+    path = run.out_dir / "state.pt"
+    with replacing(path) as scratch:
+        with open(scratch, "wb") as f:
+            torch.save(state, f)
+        if path.exists() and run.config.keep_last != 1:
+            path.replace(run.out_dir / "state_previous.pt")
+
+
+def restore(run: Training, state: dict):
+    run.record = state["record"]
+    run.student.load_state_dict(state["student"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.effopd is not None:
+        run.effopd.load_state_dict(state["effopd"])
+    set_random_states(state["random"], run.generator)
+    run.score.tokens = run.record["validation_tokens"]
+    if "pending" in state:
+        saved, device = state["pending"], run.student.device
+        for name, p in run.student.named_parameters():
+            gradient = saved["gradients"][name]
+            p.grad = None if gradient is None else gradient.to(device)
+        batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
+        targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
+        run.pending = batch, targets, saved["line"]
+    for _ in range(run.record["step"] + (run.pending is not None)):
+        next(run.batches)                                # the data's order: draw once more what was used
+    tidy(run.out_dir, run.record, last=run.record["step"] + (run.pending is not None))
+
+
 def load_state(out_dir) -> dict | None:
     """The newest state of a run that can be read; None if there never was one. ValueError if none is left."""
     paths = [path for path in (out_dir / "state.pt", out_dir / "state_previous.pt") if path.exists()]
@@ -1177,93 +1312,6 @@ def tidy(out_dir, record, last: int):
             except (OSError, SafetensorError) as error:
                 print(f"{path} is damaged ({first_line(error)}); the run does without it, analyze.py cannot",
                       file=sys.stderr)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The race: the same start, seed and problems for each method; then who got where at what cost.
-
-def race(config: Config, task, student: GPT, teacher: GPT, out_dir: Path, evaluated=None) -> dict:
-    rehearsal = copy.deepcopy(student)                        # the first step ever is slow, and should be nobody's
-    with suppress(FloatingPointError):                        # the runs themselves will say so, or skip it
-        backward(config, task, rehearsal, teacher, task.problems(config.batch_size, random.Random(0)), None)
-    make_optimizer(config, rehearsal).step()
-    del rehearsal
-    write_json(out_dir / "config.json", with_versions(config))
-    runs = {}
-    for name, (directory, settings) in RACE.items():
-        (out_dir / directory).mkdir(exist_ok=True)
-        runs[name] = distil(Config(**asdict(config) | settings), task, copy.deepcopy(student), teacher,
-                            out_dir / directory, name, evaluated)
-        gc.collect()                                          # a run and its search refer to each other
-    summary = dict(config=with_versions(config), **compare(runs))
-    write_json(out_dir / "summary.json", summary)
-    return summary
-
-
-def first_at(curve, target) -> dict | None:
-    """The first point of an evaluation curve, step 0 aside, that is at the target accuracy."""
-    return next((point for point in curve[1:] if point["accuracy"] >= target - 1e-9), None)
-
-
-def compare(runs: dict) -> dict:
-    """What each run took, validation included, to the target: the accuracy that OPD ends with."""
-    target, methods = runs["OPD"]["final_accuracy"], {}
-    opd = first_at(runs["OPD"]["curve"], target)
-    for name, run in runs.items():
-        own = first_at(run["curve"], target)
-        methods[name] = {key: run[key] for key in ("final_accuracy", "searches", "curve", "examples")} | {
-            "reached": own, "speed_up": own and {unit: opd[unit] / own[unit] for unit in ("step", "tokens", "seconds")}}
-    return dict(target=target, methods=methods)
-
-
-def print_run(summary):
-    print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after "
-          f"{summary['steps']} steps, {summary['tokens']:,} student tokens, {summary['seconds']:.1f} s\n")
-    for target in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
-        point = first_at(summary["curve"], target)
-        print(f"  to accuracy {target:.2f}: " + (f"{point['step']} steps, {point['tokens']:,} student tokens, "
-                                               f"{point['seconds']:.1f} s" if point else "not reached"))
-
-
-def print_race(summary):
-    print(f"\nTo the accuracy that OPD ends with ({summary['target']:.3f}), validation counted:\n\n"
-          f"{'':18}{'final':>9}{'steps':>9}{'tokens':>10}{'seconds':>9}"
-          f"{'speed-up in steps':>20}{'tokens':>9}{'seconds':>9}")
-    for name, method in summary["methods"].items():
-        row, point, speed_up = f"{name:18}{method['final_accuracy']:9.3f}", method["reached"], method["speed_up"]
-        if point is None:
-            print(row + "  did not reach it")
-        else:
-            print(row + f"{point['step']:9}{point['tokens']:10,}{point['seconds']:9.1f}"
-                  f"{speed_up['step']:19.1f}x{speed_up['tokens']:8.1f}x{speed_up['seconds']:8.1f}x")
-
-
-def print_examples(label, examples):
-    print(f"\nProblems that the student got wrong before, and its answers after {label}:\n")
-    for e in examples:
-        print(f"  {e['problem']}\n    before  {e['before']}  wrong\n    after   {e['after']}  "
-              f"{'right' if e['right'] else 'wrong'}")
-
-
-def draw_race(summary, path):
-    """Accuracy against steps and against seconds; a dot where a search accepted a jump."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
-        for i, (name, m) in enumerate(summary["methods"].items()):
-            at = {point["step"]: point for point in m["curve"]}
-            axis.plot([p[unit] for p in m["curve"]], [p["accuracy"] for p in m["curve"]], color=f"C{i}", label=name)
-            jumps = [at[min(s for s in at if s >= search["step"])] for search in m["searches"] if search["accepted"]]
-            axis.plot([p[unit] for p in jumps], [p["accuracy"] for p in jumps], "o", color=f"C{i}")
-        axis.axhline(summary["target"], color="grey", linestyle=":", label="where OPD ends")
-        axis.set_xlabel(title)
-        axis.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy (one sampled answer a problem)")
-    panels[0].legend(loc="lower right")
-    figure.suptitle("One student, one teacher, three ways to distil (dots: where a search accepted a jump)")
-    figure.savefig(path, dpi=120, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1575,29 +1623,8 @@ def draw_sweep(rows, path):
     plt.close(figure)
 
 
-def run_one(config: Config, out_dir: Path):
-    """Load, evaluate, train; then say and draw what came of it."""
-    task, student, teacher = load(config)
-    check_space(config, student, out_dir)
-    problems, evaluated = evaluation_problems(config, task), None
-    if not config.resume:
-        evaluated = evaluate(student, task, problems)
-        print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
-              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
-    if config.method == "race":
-        summary = race(config, task, student, teacher, out_dir, evaluated)
-        with replacing(out_dir / "race.png") as scratch:
-            draw_race(summary, scratch)
-        label = list(RACE)[-1]
-        print_examples(label, summary["methods"][label]["examples"])
-        print_race(summary)
-        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
-    else:
-        summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
-        print_examples(config.method, summary["examples"])
-        print_run(summary)
-        print(f"\nEverything is in {out_dir}")
-
+# ----------------------------------------------------------------------------------------------------------------
+# The command.
 
 def main(args=None):
     settings = given(args)

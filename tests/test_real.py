@@ -121,9 +121,9 @@ def test_a_run_on_a_file_resumes_bit_for_bit(home, tmp_path, monkeypatch):
     settings = dict(steps=12, score="batch_kl", micro_batch_size=3, dtype="mixed", offload=True, utility_gate=True,
                     lr=1e-3, save_every=5)
     main(arguments(home, tmp_path / "whole", **settings))
-    real = train.Training.save
-    monkeypatch.setattr(train.Training, "save", lambda self, states: real(self, states) or (
-        self.record["step"] == 10 and pytest.fail("stopped")))
+    real = train.save_state
+    monkeypatch.setattr(train, "save_state", lambda run, states: real(run, states) or (
+        run.record["step"] == 10 and pytest.fail("stopped")))
     with pytest.raises(pytest.fail.Exception):
         main(arguments(home, tmp_path / "run", **settings))
     monkeypatch.undo()

@@ -159,14 +159,14 @@ def test_other_methods_resume_too(settings, home, tmp_path):
     start_or_resume(tmp_path / "whole", home, settings)
 
     def dies_at(step, directory):
-        real = train.Training.save
+        real = train.save_state
 
-        def save(self, states):
-            real(self, states)
-            if self.record["step"] == step:
+        def save(run, states):
+            real(run, states)
+            if run.record["step"] == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train.Training.save = save
+        train.save_state = save
         start_or_resume(directory, home, settings)
 
     for step in (3, 6):
@@ -377,14 +377,14 @@ def damage(path, how):
 def stopped(home):
     """A run that was killed after step 12 of 18."""
     def dies():
-        real = train.Training.save
+        real = train.save_state
 
-        def save(self, states):
-            real(self, states)
-            if self.record["step"] == 12:
+        def save(run, states):
+            real(run, states)
+            if run.record["step"] == 12:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train.Training.save = save
+        train.save_state = save
         main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=home / "stopped")))
 
     assert status_of(child(dies)) == -signal.SIGKILL
