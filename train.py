@@ -18,6 +18,9 @@ The base student knows the method but slips on one step in five; the teacher is 
 without slips. OPD teaches the student, on its own answers, not to slip. Graded on what follows the #.
 With --data the problems come from a file, and student and teacher are Hugging Face checkpoints.
 
+The story comes first: settings, task, base and teacher, rollouts and scores, the loop, the race. The appendix below it
+has what you look up: command line, checkpoints and problems of your own, resuming, files, the sweep.
+
 Departures from arXiv:2605.11739, beside those of effopd.py:
   - a 0.3 M parameter student on arithmetic instead of 1.5-14 B on mathematics; all settings scaled to it.
   - the full-vocabulary reverse KL is the default loss (--loss sampled is the paper's); same gradient on average.
@@ -477,13 +480,18 @@ def backward(config, task, student, teacher, problems, generator):
         elif teacher is not None:                             # for the log only
             with torch.no_grad():
                 kl += kl_of(student, teacher, hidden, targets[-1], num_tokens).item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm).item()
-    if not math.isfinite(grad_norm):
-        where = [name for name, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        raise FloatingPointError(f"the gradient's norm is {grad_norm}, the loss {loss:.3g}; not finite in "
-                                 f"{', '.join(where[:2]) or 'the sum of squares'}{' and others' * (len(where) > 2)}")
     return batch, targets, dict(loss=loss, kl=None if teacher is None else kl, reward=rewards.mean().item(),
-                                grad_norm=grad_norm, lr=config.lr)
+                                grad_norm=clip(student, config.max_grad_norm), lr=config.lr)
+
+
+def clip(model, max_norm) -> float:
+    """Clip the gradients to this norm; the norm that they had. FloatingPointError if it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if not math.isfinite(norm):
+        where = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise FloatingPointError(f"the gradient's norm is {norm}; not finite in "
+                                 f"{', '.join(where[:2]) or 'the sum of squares'}{' and others' * (len(where) > 2)}")
+    return norm
 
 
 def make_optimizer(config, student):
@@ -624,19 +632,6 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
     return summary
 
 
-def wrong_answers(task, problems, answers) -> list[dict]:
-    """The first three problems that the student gets wrong before training, with its answers."""
-    texts = ((p, task.decode(a)) for p, a in zip(problems, answers))
-    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:3]
-
-
-def look_again(task, rows, answers):
-    """Put the answers that they get now into the rows of `wrong_answers`."""
-    for row in rows:
-        row["after"] = task.decode(answers[row["problem"]])
-        row["right"] = task.is_correct(row["problem"], row["after"])
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # The race: the same start, seed and problems for each method; then who got where at what cost.
 
@@ -712,7 +707,7 @@ def run_one(config: Config, out_dir: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Tables and the picture.
+# What a run shows: problems before and after, tables, the picture.
 
 def print_run(summary):
     print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, {summary['final_accuracy']:.3f} after "
@@ -734,6 +729,19 @@ def print_race(summary):
         else:
             print(row + f"{point['step']:9}{point['tokens']:10,}{point['seconds']:9.1f}"
                   f"{speed_up['step']:19.1f}x{speed_up['tokens']:8.1f}x{speed_up['seconds']:8.1f}x")
+
+
+def wrong_answers(task, problems, answers) -> list[dict]:
+    """The first three problems that the student gets wrong before training, with its answers."""
+    texts = ((p, task.decode(a)) for p, a in zip(problems, answers))
+    return [dict(problem=p, before=text) for p, text in texts if not task.is_correct(p, text)][:3]
+
+
+def look_again(task, rows, answers):
+    """Put the answers that they get now into the rows of `wrong_answers`."""
+    for row in rows:
+        row["after"] = task.decode(answers[row["problem"]])
+        row["right"] = task.is_correct(row["problem"], row["after"])
 
 
 def print_examples(label, examples):
@@ -1452,38 +1460,19 @@ def sweep(settings: dict) -> int:
     target, jobs = settings.pop("target", 0.0), settings.pop("jobs", 0)
     runs = grid(settings.pop("sweep"), bool(settings.get("data")))
     out_dir, where = Path(settings.pop("out_dir", "runs/sweep")), {"cache_dir": settings.pop("cache_dir", "cache")}
-    file, jobs = out_dir / "sweep.json", jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count()))
+    file = out_dir / "sweep.json"
     done = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
     if done["settings"] != settings:
         raise ValueError(f"{out_dir} has runs with {done['settings'] or 'default settings'}, not with "
                          f"{settings or 'these'}; name another --out_dir")
-
-    def command(run):
-        run = settings | run
-        run = useful(run, run.get("data")) | where
-        return [word for name, value in run.items() for word in (f"--{name}", str(value))]
-
-    configs = {name: parse_config(command(run)) for name, (run, _) in runs.items()}   # a wrong value ends it here
-    todo = [name for name in runs if name not in done["runs"]]
+    commands = {name: command(settings | run, where) for name, (run, _) in runs.items()}
+    configs = {name: parse_config(words) for name, words in commands.items()}    # a wrong value ends it here
+    todo = {name: words for name, words in commands.items() if name not in done["runs"]}
     out_dir.mkdir(parents=True, exist_ok=True)
     for name in todo:                                         # base and teacher, before two runs both make them
         if not configs[name].data:
             load(configs[name])
-
-    def finish(name):
-        return do_run(out_dir / name, command(runs[name][0]), threads=max(1, os.cpu_count() // jobs))
-
-    failed, pool = {}, ThreadPoolExecutor(jobs)               # threads that wait for their processes
-    try:
-        for error, name in zip(tqdm(pool.map(finish, todo), total=len(todo), desc="sweep", unit="run"), todo):
-            if error is not None:
-                failed[name] = error
-                continue
-            done["versions"] = json.loads((out_dir / name / "config.json").read_text())["versions"]
-            done["runs"][name] = in_short(json.loads((out_dir / name / "summary.json").read_text()))
-            write_json(file, done, indent=None)
-    finally:
-        pool.shutdown(cancel_futures=True)                    # stopped: begin no more runs
+    failed = do_runs(todo, jobs or (1 if torch.cuda.is_available() else min(2, os.cpu_count())), file, done)
     groups = tabulate({name: run for name, run in runs.items() if name in done["runs"]}, done["runs"], target)
     if groups:
         print_sweep(groups)
@@ -1492,6 +1481,32 @@ def sweep(settings: dict) -> int:
     for name, error in failed.items():
         print(f"train.py: {name} failed: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def command(run: dict, where: dict) -> list[str]:
+    """A run's settings as the words of a command line, without those that its method has no use for."""
+    settings = useful(run, run.get("data")) | where
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def do_runs(commands: dict, jobs: int, file: Path, done: dict) -> dict:
+    """Do these runs, so many at a time, and put each into `done` and `file`: {name: what it said} of what failed."""
+    def finish(name):
+        return do_run(file.parent / name, commands[name], threads=max(1, os.cpu_count() // jobs))
+
+    failed, pool = {}, ThreadPoolExecutor(jobs)               # threads that wait for their processes
+    try:
+        bar = tqdm(pool.map(finish, commands), total=len(commands), desc="sweep", unit="run")
+        for error, name in zip(bar, commands):
+            if error is not None:
+                failed[name] = error
+                continue
+            done["versions"] = json.loads((file.parent / name / "config.json").read_text())["versions"]
+            done["runs"][name] = in_short(json.loads((file.parent / name / "summary.json").read_text()))
+            write_json(file, done, indent=None)
+    finally:
+        pool.shutdown(cancel_futures=True)                    # stopped: begin no more runs
+    return failed
 
 
 def do_run(directory: Path, words: list[str], threads: int) -> str | None:
@@ -1576,9 +1591,8 @@ def print_sweep(rows):
 
 
 def draw_sweep(rows, path):
-    """Steps and seconds to the target, hollow where that is a lower bound.
-
-    Against the first axis, if that is numbers, with a line for every other setting; else a row for each.
+    """Steps and seconds to the target: against the first axis, if that is numbers, with a line for every other setting;
+    else a row for each setting.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -1595,17 +1609,7 @@ def draw_sweep(rows, path):
                                   layout="constrained", sharey=not axis)
     for panel, unit, title in zip(panels, ("step", "seconds"), ("optimiser steps", "seconds, validation included")):
         for i, (label, points) in enumerate(lines.items()):
-            xs, stats = [x for x, _ in points], [row["cost"][unit] for _, row in points]
-            ys = [s["mean"] for s in stats]
-            bars = [[0 if s["low"] is None else abs(s["mean"] - s[end]) for s in stats] for end in ("low", "high")]
-            if axis:
-                panel.errorbar(xs, ys, bars, color=f"C{i}", capsize=3, label=label)
-            else:
-                panel.errorbar(ys, xs, xerr=bars, color=f"C{i}", capsize=3, linestyle="none")
-            for x, y, (_, row) in zip(xs, ys, points):
-                full = row["reached"] == row["final"]["n"]
-                panel.plot(*((x, y) if axis else (y, x)), "o", color=f"C{i}",
-                           markerfacecolor=f"C{i}" if full else "white")
+            draw_costs(panel, points, unit, f"C{i}", label, upright=bool(axis))
         cost, costs = f"{title},\nto accuracy {goal}", panel.yaxis if axis else panel.xaxis
         panel.set(xlabel=axis, ylabel=cost, yscale="log") if axis else panel.set(xlabel=cost, xscale="log")
         costs.set_major_formatter("{x:g}")
@@ -1621,6 +1625,20 @@ def draw_sweep(rows, path):
     figure.suptitle("Mean and 95% bootstrap interval over seeds (hollow: not every seed got there, a lower bound)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_costs(panel, points, unit, color, label, upright):
+    """Of points (x, row) the mean cost and its interval, along y if upright, else along x."""
+    xs, stats = [x for x, _ in points], [row["cost"][unit] for _, row in points]
+    ys = [s["mean"] for s in stats]
+    bars = [[0 if s["low"] is None else abs(s["mean"] - s[end]) for s in stats] for end in ("low", "high")]
+    if upright:
+        panel.errorbar(xs, ys, bars, color=color, capsize=3, label=label)
+    else:
+        panel.errorbar(ys, xs, xerr=bars, color=color, capsize=3, linestyle="none")
+    for x, y, (_, row) in zip(xs, ys, points):
+        full = row["reached"] == row["final"]["n"]
+        panel.plot(*((x, y) if upright else (y, x)), "o", color=color, markerfacecolor=color if full else "white")
 
 
 # ----------------------------------------------------------------------------------------------------------------
