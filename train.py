@@ -793,7 +793,7 @@ REAL = dict(  # defaults with --data, for models of 1 B on 24 GB: a guess too; t
 
 def check(config: Config):
     """ValueError for a value that cannot work. Settles --device auto and --dtype auto."""
-    for f in fields(config):                                # a default of 0 says that 0 may be
+    for f in fields(config):                                  # a default of 0 says that 0 may be
         value, off = getattr(config, f.name), f.default == 0
         if type(f.default) in (int, float) and f.name not in ("slip", "alignment_gate"):
             if not (0 < value < math.inf or off and value == 0):
