@@ -167,8 +167,8 @@ class Search:
         "accuracy", "of a candidate. accuracy: on D_v (the paper's); rollout_kl: -KL to the teacher on fresh answers "
         "to D_v; batch_kl: -KL on the batch just trained on")
     candidates: Literal["linear", "doubling", "line"] = setting(
-        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, from half of what the last search kept, or the "
-        "other way where that is no better, down to 2Δ and back towards W_prev")
+        "linear", "W_t + 2kΔ (the paper's); W_t + 2^k Δ; line: doubling, from half of what the last search kept, or "
+        "the other way where that is no better, down to 2Δ and back towards W_prev")
     num_candidates: int = setting(5, "candidates at most (line: so many further out, and as many the other way)")
     dv_size: int = setting(50, "problems in D_v")
     accept: Literal["gt", "ge", "always"] = setting(
@@ -522,7 +522,7 @@ class Training:
             self.effopd = make_effopd(config, student, self.validate, self.optimizer)
         self.record = dict(step=0, student_tokens=0, validation_tokens=0, seconds=0.0, skipped=0, log=[], searches=[],
                            curve=[], examples=[])
-        self.pending = None        # (batch, teacher's states, log line) of a step that was taken but is not finished
+        self.batch = self.targets = self.line = None          # of a step that was taken but is not finished
 
     def validate(self, model) -> float:
         with self.signals.may_interrupt():
@@ -542,25 +542,24 @@ class Training:
         start, problems = time.perf_counter(), next(self.batches)
         try:
             with self.signals.may_interrupt():
-                taken = backward(self.config, self.task, self.student, self.teacher, problems, self.generator)
+                self.batch, self.targets, line = backward(self.config, self.task, self.student, self.teacher, problems,
+                                                          self.generator)
             self.optimizer.step()
         except FloatingPointError as error:
             if not self.config.skip_nonfinite:
                 raise ValueError(f"step {step}: {error}. It changed nothing; the last good checkpoint is "
                                  f"{last_checkpoint(self.out_dir)}. Try a lower --lr, or --skip_nonfinite") from None
             self.record["skipped"] += 1
-            taken = None, None, dict(loss=None, kl=None, skipped=str(error))
-        taken[2]["seconds"] = self.record["seconds"] + time.perf_counter() - start
-        self.pending = taken                                  # from here on the step has been taken
+            line = dict(loss=None, kl=None, skipped=str(error))
+        self.line = line | dict(seconds=self.record["seconds"] + time.perf_counter() - start)    # the step is taken
 
     def search(self, step: int):
-        batch, targets, line = self.pending
         done = any(search["step"] == step for search in self.record["searches"][-1:])      # before a resume
-        if self.effopd is None or batch is None or done:
+        if self.effopd is None or self.batch is None or done:
             return
-        start, self.score.last_batch = time.perf_counter(), (batch, targets)
+        start, self.score.last_batch = time.perf_counter(), (self.batch, self.targets)
         search = self.effopd.step(step)
-        line["seconds"] += time.perf_counter() - start
+        self.line["seconds"] += time.perf_counter() - start
         if search is not None:
             self.record["searches"].append(search | {"tokens": self.score.tokens - self.record["validation_tokens"]})
             self.record["validation_tokens"] = self.score.tokens
@@ -568,20 +567,20 @@ class Training:
 
     def evaluate(self):
         with self.signals.may_interrupt():
-            self.pending[2]["accuracy"], answers = evaluate(self.student, self.task, self.held_out)
+            self.line["accuracy"], answers = evaluate(self.student, self.task, self.held_out)
         look_again(self.task, self.record["examples"], dict(zip(self.held_out, answers)))
 
     def finish_step(self, step: int):
-        (batch, _, line), record, self.pending = self.pending, self.record, None
+        record, tokens = self.record, 0 if self.batch is None else int(self.batch.mask.sum())
         self.optimizer.zero_grad()                            # after the search, which reads the gradients
-        tokens = 0 if batch is None else int(batch.mask.sum())
-        record |= dict(step=step, seconds=line["seconds"], student_tokens=record["student_tokens"] + tokens)
-        line = dict(step=step) | line | {k: record[k] for k in ("student_tokens", "validation_tokens")}
+        record |= dict(step=step, seconds=self.line["seconds"], student_tokens=record["student_tokens"] + tokens)
+        line = dict(step=step) | self.line | {k: record[k] for k in ("student_tokens", "validation_tokens")}
         if "accuracy" in line:
             record["curve"].append(dict(step=step, accuracy=line["accuracy"], seconds=line["seconds"],
                                         tokens=record["student_tokens"] + record["validation_tokens"]))
         record["log"].append(line)
         append_json(self.out_dir / "log.jsonl", line)
+        self.batch = self.targets = self.line = None
 
     def summary(self, label: str) -> dict:
         record, config = self.record, self.config
@@ -608,7 +607,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
         for step in bar:
             before, power_of_2 = random_states(run.generator), step.bit_count() == 1
             try:
-                if run.pending is None:
+                if run.line is None:                          # else it was taken before a resume
                     run.take_step(step)
                     if power_of_2:                            # before a jump
                         save_checkpoint(student, out_dir, f"step_{step:06d}", config.keep_last)
@@ -616,7 +615,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
                 if step % config.eval_every == 0 or step == config.steps:
                     run.evaluate()
             except KeyboardInterrupt:                         # asked twice: not even to the end of the step
-                save_state(run, before if run.pending is None else random_states(run.generator))
+                save_state(run, before if run.line is None else random_states(run.generator))
                 raise Interrupted(f"in step {step}", run.signals.asked) from None
             run.finish_step(step)
             if power_of_2 or step % config.save_every == 0 or step == config.steps or run.signals.asked:
@@ -1252,9 +1251,8 @@ def save_state(run: Training, random_states: dict):
     """Write state.pt; the one before it stays as state_previous.pt."""
     state = dict(record=run.record, student=run.student.state_dict(), optimizer=run.optimizer.state_dict(),
                  effopd=run.effopd and run.effopd.state_dict(), random=random_states)
-    if run.pending is not None:                          # then its search is made again, which needs these
-        batch, targets, line = run.pending
-        state["pending"] = dict(batch=batch and tuple(batch), targets=targets, line=line,
+    if run.line is not None:                                  # then its search is made again, which needs these
+        state["pending"] = dict(batch=run.batch and tuple(run.batch), targets=run.targets, line=run.line,
                                 gradients={name: p.grad for name, p in run.student.named_parameters()})
     path = run.out_dir / "state.pt"
     with replacing(path) as scratch:
@@ -1277,12 +1275,13 @@ def restore(run: Training, state: dict):
         for name, p in run.student.named_parameters():
             gradient = saved["gradients"][name]
             p.grad = None if gradient is None else gradient.to(device)
-        batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
-        targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
-        run.pending = batch, targets, saved["line"]
-    for _ in range(run.record["step"] + (run.pending is not None)):
-        next(run.batches)                                # the data's order: draw once more what was used
-    tidy(run.out_dir, run.record, last=run.record["step"] + (run.pending is not None))
+        run.batch = saved["batch"] and Batch(*(x.to(device) for x in saved["batch"]))
+        run.targets = saved["targets"] and [x if x is None else x.to(device) for x in saved["targets"]]
+        run.line = saved["line"]
+    taken = run.record["step"] + ("pending" in state)
+    for _ in range(taken):
+        next(run.batches)                                     # the data's order: draw once more what was used
+    tidy(run.out_dir, run.record, last=taken)
 
 
 def load_state(out_dir) -> dict | None:

@@ -342,7 +342,7 @@ def default(args):
     with tempfile.TemporaryDirectory() as directory:
         originals = [clocked(*which) for which in [
             (train, "make_base_and_teacher", "base and teacher"), (train, "evaluate", "evaluation"),
-            (train, "backward", "OPD steps"), (EffOPD, "step", "searches"), (train.Training, "save", "files"),
+            (train, "backward", "OPD steps"), (EffOPD, "step", "searches"), (train, "save_state", "files"),
             (train, "save_checkpoint", "files"), (train, "draw_race", "picture")]]
         start = clock()
         try:
