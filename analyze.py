@@ -15,11 +15,11 @@ step, "matrices" are the two-dimensional weights of attention and MLP.
     4 the base's embeddings put back              9 the paths, in their two principal components
     5 spectra of ΔW_T
 
-Beside them: a Gaussian matrix of the same shape and norm (5, 7), a random walk (6, 9), and comparisons at equal norm and
-accuracy, as methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
+Beside them: Gaussian matrices (5, 7) and random walks (6, 9) as the null, and comparisons at equal norm and accuracy,
+since methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
 
 The story comes first: metrics, interventions, what a study is, the questions. The appendix reads, measures, draws, asks
-the tenth question, and has the command. Shapes: N checkpoints, of all runs together; r = min(m, n) singular values.
+the tenth question, and has the command. N counts the checkpoints of all runs; r = min(m, n) for a matrix (m, n).
 """
 
 import argparse
@@ -60,9 +60,9 @@ MLP = ("gate", "up", "down")
 # Metrics, from the weights alone.
 
 class Weights(NamedTuple):
-    """What `read_weights` keeps of the updates ΔW_i = W_i - W_0, where i counts the N checkpoints."""
+    """What `read_weights` keeps of the updates ΔW_i = W_i - W_0 of N checkpoints i."""
     gram: dict                 # name: (N, N) float64, <ΔW_i, ΔW_j>; norms, cosines and PCA come from it
-    svd: dict                  # matrix name: for each i (U (m, k), σ (r,), Vᵀ (k, n)), k = 20 or, where asked for, r
+    svd: dict                  # matrix name: for each i (U (m, k), σ (r,), Vᵀ (k, n)), k = 20; at a run's end r
     embedding_cosine: list     # for each i: mean cosine of base and trained embedding rows, of rows that moved
     shape: dict                # name: shape
 
@@ -86,11 +86,11 @@ class Weights(NamedTuple):
         return {name: svds[i][1] for name, svds in self.svd.items() if svds[i][1][0] > 0}
 
     def gaussians(self) -> dict:
-        """name: singular values (r,) of a Gaussian matrix of Frobenius norm 1: what no structure looks like."""
+        """The same of Gaussian matrices of norm 1: what no structure looks like."""
         return {name: gaussian_sigma(self.shape[name]) for name in self.svd}
 
     def spectra(self, i) -> dict:
-        """5: every one of METRICS: the mean over ΔW_i's matrices, and over Gaussian ones of the same norms."""
+        """5: METRICS, mean over ΔW_i's matrices and over Gaussian ones of the same norms."""
         of, null = self.sigmas(i), self.gaussians()
         rows = {"mean": [spectral_metrics(sigma) for sigma in of.values()],
                 "gaussian": [spectral_metrics(null[name] * sigma.norm()) for name, sigma in of.items()]}
@@ -136,16 +136,6 @@ def in_window(name, layer, width, part) -> bool:
 def window(update, layer, width, part) -> dict:
     """3: ΔW_window."""
     return {name: d for name, d in matrices(update).items() if in_window(name, layer, width, part)}
-
-
-def window_width(num_layers) -> int:
-    """3: the paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
-    return max(0, round((0.45 * num_layers - 1) / 2))
-
-
-def directions_in(percent, sigma) -> int:
-    """7: so many percent of a matrix's singular directions, at least one."""
-    return max(1, round(percent / 100 * len(sigma)))
 
 
 def truncated(svds, percent, end) -> dict:
@@ -199,7 +189,7 @@ class Run:
         return self.points[-1]
 
     @property
-    def early(self):           # which of its checkpoints is nearest to 10% of training
+    def early(self):           # the checkpoint nearest to 10% of training
         return min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - 0.1 * self.steps[-1]))
 
     def at(self, i):           # (accuracy, KL) of the run's checkpoint i
@@ -237,7 +227,7 @@ class Study(NamedTuple):
 
     @property
     def target(self) -> float:
-        """The accuracy that all methods reach: the lowest final one."""
+        """An accuracy that all methods reach."""
         return min(s["mean"] for s in self.each(lambda run: run.final).values())
 
     def compared(self, f) -> dict:
@@ -286,7 +276,7 @@ def update_norms(study):
     for axis, group in zip(axes, study.groups.values()):
         table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
                           for layer in range(layers)])
-        image = heatmap(axis, table, MODULES, top)
+        image = heatmap(axis, table, top)
         axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
     figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
     save(figure, study.out_dir / "2_update_norms.png")
@@ -312,7 +302,7 @@ def utility(study):
         return np.array([run.accuracy(what, *place) for place in places])
 
     gain = {run: accuracies(run, "inject") - study.base[0] for run in study.runs}
-    worth = {run: gain[run] / np.maximum(sizes(run, width), 1e-30) for run in study.runs}         # 0: did not move
+    worth = {run: gain[run] / np.maximum(sizes(run, width), 1e-30) for run in study.runs}         # 0: not moved
     loss = {run: run.final - accuracies(run, "leave out") for run in study.runs}
     span = f"{2 * width + 1} layers" if width else "one layer"
     figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
@@ -394,7 +384,7 @@ def directions(study):
     end, rest = ({run: [cosines(gram, i, run.last)[to] for i in run.points] for run in study.runs} for to in (0, 1))
     longest, early = study.longest, study.longest.early
     walk = walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)                  # (steps, 20)
-    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # cos(ΔW_t, ΔW_T) of a random walk
+    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # of a random walk
     figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
                           ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
                           ("the same at 10% of training", "k leading directions", "mean squared cosine"),
@@ -478,8 +468,8 @@ def early_rescaled(study):
 
 
 def paths(study):
-    """9: PCA of W_0 and all W_t, and the share of two components in the variance of a run's path, Σ eigenvalues."""
-    gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # the base, ΔW = 0, is on every path
+    """9: PCA of W_0 and all W_t; the share of its first two components in the variance of each run's path."""
+    gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # with the base, ΔW = 0
     on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
 
     def in_two(gram):
@@ -630,16 +620,17 @@ def same_base(a, b) -> bool:
     return filecmp.cmp(*(run / "checkpoints/step_000000/model.safetensors" for run in (a, b)), shallow=False)
 
 
-def newest_runs(home=Path("runs")) -> list[Path]:
+def newest_runs() -> list[Path]:
     """The newest finished run of each method in runs/* and runs/race*/*; says what is missing and how to make it."""
-    found = [p.parents[1] for p in (*home.glob("*/checkpoints/final"), *home.glob("race*/*/checkpoints/final"))]
+    found = [p.parents[1] for p in (*Path("runs").glob("*/checkpoints/final"),
+                                    *Path("runs").glob("race*/*/checkpoints/final"))]
     found.sort(key=lambda run: (run / "checkpoints" / "final").stat().st_mtime)
     if not found:
-        raise ValueError(f"no finished run under {home}/; python train.py --method opd makes one")
+        raise ValueError("no finished run under runs/; python train.py --method opd makes one")
     newest = {method_of(read_config(run)): run for run in found if same_base(run, found[-1])}
     for method, options in [("OPD", ""), ("EffOPD", ""), ("RL", " --lr 3e-4"), ("SFT", "")]:
         if method not in newest:
-            print(f"no {method} run from this base under {home}/; to have one: "
+            print(f"no {method} run from this base under runs/; to have one: "
                   f"python train.py --method {method.lower()}{options}")
     return list(newest.values())
 
@@ -755,11 +746,11 @@ def bars(axis, stats, form="{:.2f}", offset=0.0, width=0.4, alpha=1.0):
     axis.margins(y=0.25)
 
 
-def heatmap(axis, table, columns, top):
-    """table (layers, columns), in %; the colours go from 0 to top. -> the image, for a colour bar."""
+def heatmap(axis, table, top):
+    """table (layers, modules), in %; the colours go from 0 to top. -> the image, for a colour bar."""
     image, small = axis.imshow(table, aspect="auto", vmin=0, vmax=top), len(table) <= 12
     axis.grid(False)
-    axis.set_xticks(range(len(columns)), columns, rotation=90)
+    axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
     axis.set_yticks(range(0, len(table), 1 if small else 4))
     for (y, x), value in np.ndenumerate(table) if small else ():
         axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
@@ -785,6 +776,16 @@ def is_matrix(name, shape) -> bool:
 
 def matrices(update) -> dict:
     return {name: d for name, d in update.items() if is_matrix(name, d.shape)}
+
+
+def window_width(num_layers) -> int:
+    """3: the paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
+    return max(0, round((0.45 * num_layers - 1) / 2))
+
+
+def directions_in(percent, sigma) -> int:
+    """7: so many percent of a matrix's singular directions, at least one."""
+    return max(1, round(percent / 100 * len(sigma)))
 
 
 def frobenius(update) -> float:
