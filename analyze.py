@@ -5,37 +5,35 @@
     python analyze.py --base DIR --checkpoints DIR1 DIR2    # any Hugging Face checkpoints, from their weights alone
     python analyze.py --dv runs/effopd-s0 runs/effopd-s1    # a tenth question: how many problems must D_v have?
 
-Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4), a figure each in analysis/, all numbers in
-analysis/analysis.json, and on the screen what the paper says and what these runs say. With ΔW_t = W_t - W_0 and T the
-last step, "matrices" being the two-dimensional weights inside the blocks (attention and MLP):
+Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4): a figure each in analysis/, the numbers in
+analysis/analysis.json, and on the screen what the paper says and what these runs say. ΔW_t = W_t - W_0, T is the last
+step, "matrices" are the two-dimensional weights of attention and MLP.
 
     1 accuracy of W_0 + αΔW_T                     6 alignment of ΔW_t with ΔW_T over training
-    2 ||ΔW_T||² by layer and module               7 leading or trailing singular directions only
+    2 ‖ΔW_T‖² by layer and module                 7 leading or trailing singular directions only
     3 utility of a window of layers               8 an early ΔW_t, scaled to the final norm
     4 the base's embeddings put back              9 the paths, in their two principal components
     5 spectra of ΔW_T
 
-Beside them stands what the paper leaves out: a Gaussian matrix of the same shape and norm (5, 7), a random walk (6, 9),
-the way not yet gone, cos(ΔW_t, W_T - W_t) (6), and comparisons at equal accuracy and equal norm (1, 2, 4, 5, 7), since
-methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
+Beside them: Gaussian matrices (5, 7) and random walks (6, 9) as the null, and comparisons at equal norm and accuracy,
+since methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
 
-In the shapes below: N checkpoints, of all runs together; r = min(m, n) singular values of a matrix (m, n).
+The story comes first: metrics, interventions, what a study is, the questions. The appendix reads, measures, draws, asks
+the tenth question, and has the command. N counts the checkpoints of all runs; r = min(m, n) for a matrix (m, n).
 """
 
 import argparse
 import filecmp
-import functools
 import json
 import math
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -47,23 +45,470 @@ from effopd import EffOPD, basis_alignment, module_of, spectral_metrics
 from train import (Chains, Config, bootstrap, evaluate, evaluation_problems, has_use, kl_of, load, load_models, pack,
                    pick_device, split, spread, states, write_json)
 
+plt.switch_backend("Agg")                                    # draws into files, without a screen
+
+ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8)                           # 1: fractions of the update, beside 0 and 1
 KS = range(1, 21)                                            # 6: the paper averages the alignment over these
-ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)                      # 1: fractions of the update
-TOP = (1, 5, 10, 25, 50, 100)                                # 7: percent of the singular directions, leading ones
-BOTTOM = (25, 50, 75, 90, 95, 99)                            # ... and trailing ones: 90 is all but the top 10
-BETAS = (0.4, 0.8, 1.0, 1.2, 1.6)                            # 8: 0 would be the early update, 1 is the final norm
+TOP, BOTTOM = (1, 5, 10, 25, 50, 100), (25, 50, 75, 90, 95, 99)      # 7: percent of the singular directions
+BETAS = (0.4, 0.8, 1.0, 1.2, 1.6)                            # 8: 0 is the early update, 1 is the final norm
 METRICS = ("spectral_norm", "spectral_ratio", "effective_rank", "stable_rank", "top1_ratio")
 MODULES = ("q", "k", "v", "o", "gate", "up", "down", "norm")
-BLOCK = 2 ** 24                                              # numbers read at a time: some 300 MB
-DV_SIZES = (10, 25, 50, 100, 200, 400)                      # 10: problems in D_v
-KL_ANSWERS = 100                                             # a KL is measured on so many of an accuracy's answers
-METHODS = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}                   # in the paper's order
-SEEDS = {"seed", "out_dir", "resume", "cache_dir", "device", "preset", "save_every", "keep_last", "eval_every",
-         "offload", "compile", "micro_batch_size", "rollout_batch_size", "gradient_checkpointing"}  # seeds may differ
+MLP = ("gate", "up", "down")
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Reading.
+# Metrics, from the weights alone.
+
+class Weights(NamedTuple):
+    """What `read_weights` keeps of the updates ΔW_i = W_i - W_0 of N checkpoints i."""
+    gram: dict                 # name: (N, N) float64, <ΔW_i, ΔW_j>; norms, cosines and PCA come from it
+    svd: dict                  # matrix name: for each i (U (m, k), σ (r,), Vᵀ (k, n)), k = 20; at a run's end r
+    embedding_cosine: list     # for each i: mean cosine of base and trained embedding rows, of rows that moved
+    shape: dict                # name: shape
+
+    @property
+    def num_layers(self):
+        return 1 + max(module_of(name)[0] for name in self.svd)
+
+    def norm(self, i, names=None) -> float:
+        """‖ΔW_i‖_F, of all tensors or of these."""
+        return sum(self.gram[name][i, i].item() for name in (self.gram if names is None else names)) ** 0.5
+
+    def norm_shares(self, i) -> Counter:
+        """2: ‖ΔW_i of a (layer, module)‖² / ‖ΔW_i‖², of each; together 1."""
+        shares, whole = Counter(), self.norm(i) ** 2
+        for name, gram in self.gram.items():
+            shares[module_of(name)] += gram[i, i].item() / whole
+        return shares
+
+    def sigmas(self, i) -> dict:
+        """name: singular values (r,) of ΔW_i, of the matrices that moved."""
+        return {name: svds[i][1] for name, svds in self.svd.items() if svds[i][1][0] > 0}
+
+    def gaussians(self) -> dict:
+        """The same of Gaussian matrices of norm 1: what no structure looks like."""
+        return {name: gaussian_sigma(self.shape[name]) for name in self.svd}
+
+    def spectra(self, i) -> dict:
+        """5: METRICS, mean over ΔW_i's matrices and over Gaussian ones of the same norms."""
+        of, null = self.sigmas(i), self.gaussians()
+        rows = {"mean": [spectral_metrics(sigma) for sigma in of.values()],
+                "gaussian": [spectral_metrics(null[name] * sigma.norm()) for name, sigma in of.items()]}
+        return {metric: {what: float(np.mean([row[metric] for row in of])) for what, of in rows.items()}
+                for metric in METRICS}
+
+    def alignment(self, i, j):
+        """6: ‖U_k(i)ᵀ U_k(j)‖_F² / k at k = 1..20, mean over matrices and over left and right vectors: (20,)."""
+        pairs = [(svds[i], svds[j]) for svds in self.svd.values() if svds[i][1][0] > 0 and svds[j][1][0] > 0]
+        return np.mean([[(basis_alignment(U_i, U_j, k) + basis_alignment(Vh_i.T, Vh_j.T, k)) / 2 for k in KS]
+                        for (U_i, _, Vh_i), (U_j, _, Vh_j) in pairs], axis=0)
+
+
+def cosines(gram, i, j) -> tuple[float, float]:
+    """6: cos(ΔW_i, ΔW_j), which rises by construction, and cos(ΔW_i, W_j - W_i), the way not yet gone; 0 if none is."""
+    rest = gram[j, j] - 2 * gram[i, j] + gram[i, i]          # ‖W_j - W_i‖²
+    return ((gram[i, j] / (gram[i, i] * gram[j, j]).sqrt()).item(),
+            ((gram[i, j] - gram[i, i]) / (gram[i, i] * rest).sqrt()).item() if rest > 1e-12 * gram[j, j] else 0.0)
+
+
+def principal_components(gram):
+    """9: PCA of points given by their inner products (n, n) -> coordinates (n, n), shares of the variance (n,)."""
+    gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()        # as if the points had been centred
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    return vectors * values.sqrt(), values / values.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Interventions: weights and updates as dicts of tensors by name.
+
+def add(base, update, alpha=1.0) -> dict:
+    """1: base + α update; what the update does not name stays at the base."""
+    return {name: w + alpha * update[name] if name in update else w for name, w in base.items()}
+
+
+def in_window(name, layer, width, part) -> bool:
+    """3: whether a matrix is of this part ("mlp" or "attention") of layers layer - width .. layer + width."""
+    own = "attention" if "attn" in name or "attention" in name else "mlp"
+    return own == part and abs(module_of(name)[0] - layer) <= width
+
+
+def window(update, layer, width, part) -> dict:
+    """3: ΔW_window."""
+    return {name: d for name, d in matrices(update).items() if in_window(name, layer, width, part)}
+
+
+def truncated(svds, percent, end) -> dict:
+    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of each matrix's directions."""
+    kept = {}
+    for name, (U, sigma, Vh) in svds.items():
+        k = directions_in(percent, sigma)
+        part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
+        kept[name] = U[:, part] * sigma[part] @ Vh[part]
+    return kept
+
+
+def rescaled(early, final, beta) -> dict:
+    """8: ΔW_early · [1 + β (‖ΔW_T‖ / ‖ΔW_early‖ - 1)], tensor by tensor."""
+    return {name: d * (1 + beta * (final[name].norm() / d.norm() - 1)) if d.any() else d for name, d in early.items()}
+
+
+def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
+    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
+    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
+    trained = add(base, final)
+    jobs = {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
+    jobs |= {("alpha", alpha): partial(add, base, final, alpha) for alpha in ALPHAS}             # 1: W_0 + αΔW_T
+    for part in ("mlp", "attention"):
+        for layer in range(num_layers):                                                          # 3: W_0 + ΔW_window
+            piece = window(final, layer, window_width(num_layers), part)
+            jobs["inject", part, layer] = partial(add, base, piece)
+            jobs["leave out", part, layer] = partial(add, trained, piece, -1.0)                  # W_T - ΔW_window
+    rest = {name: d for name, d in final.items() if module_of(name)[1] not in ("embedding", "head")}
+    jobs["embeddings back",] = partial(add, base, rest)                                          # 4
+    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}    # 7
+    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
+    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
+             for i in {0, run.early} for beta in BETAS}                                          # 8
+    return jobs
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A study: the runs, their weights, and what was measured.
+
+@dataclass(eq=False)
+class Run:
+    label: str                 # the same for all seeds
+    directory: Path
+    steps: list                # of its checkpoints, the base left out
+    points: range              # their places among the N
+    measured: dict = field(default_factory=dict)             # intervention: (accuracy, KL)
+
+    @property
+    def last(self):
+        return self.points[-1]
+
+    @property
+    def early(self):           # the checkpoint nearest to 10% of training
+        return min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - 0.1 * self.steps[-1]))
+
+    def at(self, i):           # (accuracy, KL) of the run's checkpoint i
+        return self.measured["step", self.steps[i]]
+
+    def accuracy(self, *what):
+        return self.measured[what][0]
+
+    @property
+    def final(self):
+        return self.at(-1)[0]
+
+
+class Study(NamedTuple):
+    weights: Weights
+    runs: list                 # of Run
+    base: tuple                # (accuracy, KL) of the base; () from weights alone
+    noise: tuple               # the same of a Gaussian update, of the norm that 7 scales to
+    picks: dict                # "end", "equal accuracy", ...: {run: point}
+    out_dir: Path
+
+    @property
+    def groups(self) -> dict:
+        """{label: its Runs}, in order."""
+        labels = dict.fromkeys(run.label for run in self.runs)
+        return {label: [run for run in self.runs if run.label == label] for label in labels}
+
+    @property
+    def longest(self) -> Run:
+        return max(self.runs, key=lambda run: run.steps[-1])
+
+    def each(self, f) -> dict:
+        """{label: `interval` of f(run) over seeds}."""
+        return {label: interval([f(run) for run in group]) for label, group in self.groups.items()}
+
+    @property
+    def target(self) -> float:
+        """An accuracy that all methods reach."""
+        return min(s["mean"] for s in self.each(lambda run: run.final).values())
+
+    def compared(self, f) -> dict:
+        """{pick: `each` of f(point)}."""
+        return {pick: self.each(lambda run: f(point[run])) for pick, point in self.picks.items()}
+
+    def every(self, f) -> dict:
+        """{directory: f(run)}, for analysis.json."""
+        return {run.directory.as_posix(): f(run) for run in self.runs}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The nine questions. Each draws its figure and returns (numbers, what these runs say).
+
+def norm_scaling(study):
+    """1: accuracy of W_0 + αΔW_T, against α and against ‖αΔW_T‖_F."""
+    alphas, size = np.array([0.0, *ALPHAS, 1.0]), {run: study.weights.norm(run.last) for run in study.runs}
+    smallest, target = min(size.values()), study.target
+
+    def ys(run):
+        return [study.base[0], *(run.accuracy("alpha", alpha) for alpha in ALPHAS), run.final]
+
+    figure, axes = canvas("1. Accuracy per unit of update norm: the higher on the right, the more for its norm",
+                          ("along the update", "α", "accuracy of W$_0$ + αΔW"),
+                          ("against the distance moved", "‖αΔW‖$_F$", "accuracy"))
+    draw(axes[0], study, lambda run: (alphas, ys(run)))
+    draw(axes[1], study, lambda run: (alphas * size[run], ys(run)), named=True)
+    axes[1].axvline(smallest, color="grey", linestyle=":", label="equal norm")
+    axes[1].axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
+    save(figure, study.out_dir / "1_norm_scaling.png")
+    at_norm = study.each(lambda run: float(np.interp(smallest, alphas * size[run], ys(run))))
+    to_accuracy = study.each(lambda run: crossing(alphas * size[run], ys(run), target))
+    return (dict(norm=study.each(size.get), equal_norm=smallest, equal_accuracy=target, accuracy_at_equal_norm=at_norm,
+                 norm_to_equal_accuracy=to_accuracy),
+            f"accuracy at norm {smallest:.2f}: {say(at_norm)}; norm to accuracy {target:.2f}: {say(to_accuracy)}")
+
+
+def update_norms(study):
+    """2: ‖ΔW_T of a layer's module‖² / ‖ΔW_T‖²; by chance, as many % as it has of the parameters."""
+    weights, layers = study.weights, study.weights.num_layers
+    shares = {run: weights.norm_shares(run.last) for run in study.runs}
+    top = 100 * max(share for of in shares.values() for (layer, _), share in of.items() if layer is not None)
+    figure, axes = canvas("2. Share of ‖ΔW‖² by layer and module, in %: where did each method put its update?",
+                          *((label.replace(", ", "\n"), "", "layer") for label in study.groups),
+                          height=1.8 + 0.16 * max(6, layers))
+    for axis, group in zip(axes, study.groups.values()):
+        table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
+                          for layer in range(layers)])
+        image = heatmap(axis, table, top)
+        axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
+    figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
+    save(figure, study.out_dir / "2_update_norms.png")
+    in_mlp = study.compared(lambda i: 100 * sum(v for (_, m), v in weights.norm_shares(i).items() if m in MLP))
+    embedding = study.compared(lambda i: 100 * weights.norm_shares(i)[None, "embedding"])
+    sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
+    null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in MLP) / sum(sizes.values())
+    return (dict(mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
+            f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
+            f"{say(embedding['end'], '{:.1f}')}")
+
+
+def utility(study):
+    """3: accuracy of W_0 + ΔW_window minus W_0's; that / ‖ΔW_window‖_F; accuracy of W_T minus W_T - ΔW_window's."""
+    weights, layers = study.weights, study.weights.num_layers
+    width, places = window_width(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
+
+    def sizes(run, width):                                    # (places,)
+        return np.array([weights.norm(run.last, [name for name in weights.svd if in_window(name, layer, width, part)])
+                         for part, layer in places])
+
+    def accuracies(run, what):                                # (places,)
+        return np.array([run.accuracy(what, *place) for place in places])
+
+    gain = {run: accuracies(run, "inject") - study.base[0] for run in study.runs}
+    worth = {run: gain[run] / np.maximum(sizes(run, width), 1e-30) for run in study.runs}         # 0: not moved
+    loss = {run: run.final - accuracies(run, "leave out") for run in study.runs}
+    span = f"{2 * width + 1} layers" if width else "one layer"
+    figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
+                          *((name, "centre of the window, layer", y) for name, y in (
+                              ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
+                              ("leave one out", "accuracy lost"))))
+    for axis, of in zip(axes, (gain, worth, loss)):
+        draw(axis, study, lambda run: (range(layers), of[run][:layers]), named=of is gain)
+        draw(axis, study, lambda run: (range(layers), of[run][layers:]), dashed=True)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(0, layers, 1 if layers <= 12 else 4))
+    save(figure, study.out_dir / "3_utility.png")
+    low = np.mean(list(worth.values()), axis=0).argsort(kind="stable")[:layers]       # one ranking for all methods
+    in_low = study.each(lambda run: 100 * sum(sizes(run, 0)[low] ** 2) / weights.norm(run.last, weights.svd) ** 2)
+    mlp, attention = study.each(lambda run: max(gain[run][:layers])), study.each(lambda run: max(gain[run][layers:]))
+    return (dict(window=2 * width + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention),
+            f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
+            f"{say(in_low, '{:.0f}')}")
+
+
+def embeddings(study):
+    """4: 1 - cos(row of E_0, row of E_t), mean over rows that moved; accuracy of W_T with W_0's embedding and head."""
+    cosine = study.weights.embedding_cosine
+    numbers = dict(cosine=study.compared(lambda i: cosine[i]))
+    here = f"cosine {say(numbers['cosine']['end'], '{:.4f}')}"
+    panels = [("base and trained rows", "optimiser step", "1 - cosine, mean over rows in use"),
+              ("the base's embeddings put back (pale: as trained)", "", "accuracy")]
+    figure, axes = canvas("4. Embeddings: they hardly matter if the left is small and the bars on the right are equal",
+                          *panels[:2 if study.base else 1])
+    draw(axes[0], study, lambda run: (run.steps, [1 - cosine[i] for i in run.points]), named=True)
+    axes[0].set_xscale("log", base=2)
+    if study.base:
+        trained, back = study.each(lambda run: run.final), study.each(lambda run: run.accuracy("embeddings back"))
+        bars(axes[1], trained, offset=-0.2, alpha=0.4)
+        bars(axes[1], back, offset=0.2)
+        axes[1].axhline(study.base[0], color="grey", linestyle=":", label="base")
+        numbers |= dict(accuracy_as_trained=trained, accuracy_with_base_embeddings=back)
+        here += f"; accuracy with the base's put back: {say(back)} (as trained: {say(trained)})"
+    save(figure, study.out_dir / "4_embeddings.png")
+    return numbers, here
+
+
+def spectrum(study):
+    """5: ΔW_T's singular values σ, σ1 / ‖ΔW_T‖_F and effective rank exp(-Σ p log p), p = σ / Σσ; mean over matrices."""
+    weights, gaussian, grid = study.weights, study.weights.gaussians(), np.linspace(0, 1, 101)
+    rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
+    rows = {i: weights.spectra(i) for point in study.picks.values() for i in point.values()}
+    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "gaussian")}
+             for metric in METRICS}
+
+    def level(of):                                            # mean over matrices of any rank: (101,)
+        return np.mean([np.interp(grid, np.linspace(0, 1, len(s)), s / s.norm()) for s in of.values()], axis=0)
+
+    other = list(study.picks)[-1]                             # equal accuracy; from weights alone the end itself
+    figure, axes = canvas("5. Spectra of ΔW, concentrated: steep on the left, high in the middle, low on the right",
+                          ("singular values, mean over matrices", "i / r", "σ$_i$ / ‖ΔW‖$_F$"),
+                          (f"spectral ratio (pale: {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
+                          (f"effective rank (pale: {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
+    axes[0].set_yscale("log")
+    draw(axes[0], study, lambda run: (grid, level(weights.sigmas(run.last))), named=True, marker="")
+    axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
+    axes[0].set_ylim(bottom=1e-3)
+    for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
+        bars(axis, table[metric]["mean"]["end"], form, offset=-0.2)
+        bars(axis, table[metric]["mean"][other], form, offset=0.2, alpha=0.4)
+        null = table[metric]["gaussian"]["end"][study.runs[0].label]["mean"]
+        axis.axhline(null, color="black", linestyle=":", label="Gaussian")
+    save(figure, study.out_dir / "5_spectra.png")
+    ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
+    return (dict(mean_rank=rank) | table,
+            f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
+            f"{null:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
+
+
+def directions(study):
+    """6: `alignment` of ΔW_t with ΔW_T, and the two `cosines`, at every checkpoint t; beside a random walk's."""
+    weights, gram = study.weights, sum(study.weights.gram.values())
+    by_k = {run: np.array([weights.alignment(i, run.last) for i in run.points]) for run in study.runs}   # (steps, 20)
+    end, rest = ({run: [cosines(gram, i, run.last)[to] for i in run.points] for run in study.runs} for to in (0, 1))
+    longest, early = study.longest, study.longest.early
+    walk = walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)                  # (steps, 20)
+    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # of a random walk
+    figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
+                          ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
+                          ("the same at 10% of training", "k leading directions", "mean squared cosine"),
+                          ("to the end (dashed: to what is left)", "optimiser step t", "cosine of ΔW$_t$"))
+    draw(axes[0], study, lambda run: (run.steps, by_k[run].mean(1)), named=True)
+    draw(axes[1], study, lambda run: (KS, by_k[run][run.early]))
+    draw(axes[2], study, lambda run: (run.steps, end[run]))
+    draw(axes[2], study, lambda run: (run.steps[:-1], rest[run][:-1]), dashed=True)
+    axes[0].plot(longest.steps, walk.mean(1), "k:", label="random walk")
+    axes[1].plot(KS, walk[early], "k:")
+    axes[2].plot(longest.steps, walk_end, "k:")
+    axes[2].axhline(0, color="black", linewidth=0.8)
+    for axis in axes[::2]:
+        axis.set_xscale("log", base=2)
+    save(figure, study.out_dir / "6_alignment.png")
+    aligned, to_end, to_rest = (study.each(lambda run: float(np.mean(of[run][run.early]))) for of in (by_k, end, rest))
+    runs = study.every(lambda run: dict(steps=run.steps, alignment=by_k[run].mean(1).tolist(),
+                                        cosine_to_the_end=end[run], cosine_to_the_rest=rest[run]))
+    null = dict(steps=longest.steps, alignment=walk.mean(1).tolist(), cosine_to_the_end=walk_end.tolist())
+    return (dict(alignment=aligned, cosine_to_the_end=to_end, cosine_to_the_rest=to_rest, random_walk=null, runs=runs),
+            f"near 10% of training (step {longest.steps[early]}): alignment {say(aligned)} (random walk "
+            f"{walk[early].mean():.2f}); cosine to the end {say(to_end)} (random walk {walk_end[early]:.2f}), to what "
+            f"is left {say(to_rest)} (random walk 0)")
+
+
+def low_rank(study):
+    """7: accuracy of W_0 + Σ σ_i u_i v_iᵀ over each matrix's leading k% (scaled to one norm) or trailing k%."""
+    def kept(of):                                             # share of the norm in the top k%, mean over matrices
+        return [float(np.mean([s[:directions_in(k, s)].norm() / s.norm() for s in of.values()])) for k in TOP]
+
+    def gained(run, k):
+        return run.accuracy("top", k) - study.base[0]
+
+    figure, axes = canvas("7. Singular directions: do the top 10% of them do the work of all, and the others none?",
+                          ("top k%, scaled to one norm for all", "k, % of the directions", "accuracy"),
+                          ("bottom k%, not scaled", "k, % of the directions", "accuracy"),
+                          ("norm in the top k%", "k, % of the directions", "‖ΔW$_k$‖ / ‖ΔW‖"))
+    draw(axes[0], study, lambda run: (TOP, [run.accuracy("top", k) for k in TOP]), named=True)
+    draw(axes[1], study, lambda run: (BOTTOM, [run.accuracy("bottom", k) for k in BOTTOM]))
+    draw(axes[2], study, lambda run: (TOP, kept(study.weights.sigmas(run.last))))
+    axes[2].plot(TOP, kept(study.weights.gaussians()), "k:", label="Gaussian")
+    axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian")
+    axes[1].axhline(study.base[0], color="grey", linestyle="--", linewidth=1, label="base")
+    log_ticks(axes[::2], TOP)
+    save(figure, study.out_dir / "7_low_rank.png")
+    share = study.each(lambda run: 100 * run.accuracy("top", 10) / max(run.accuracy("top", 100), 1e-9))
+    gain = study.each(lambda run: 100 * gained(run, 10) / gained(run, 100) if gained(run, 100) > 0 else None)
+    rest = study.each(lambda run: run.accuracy("bottom", 90))
+    return (dict(gaussian_update=study.noise[0], top_10_of_accuracy=share, top_10_of_gain=gain, bottom_90=rest),
+            f"top 10% at equal norm, % of the accuracy: {say(share, '{:.0f}')}; of the gain: {say(gain, '{:.0f}')}; "
+            f"the other 90% alone: accuracy {say(rest)} (base {study.base[0]:.2f})")
+
+
+def early_rescaled(study):
+    """8: accuracy and KL(π || π*) of W_0 + ΔW_t [1 + β (‖ΔW_T‖ / ‖ΔW_t‖ - 1)], t near 10% of training, or the first."""
+    betas, one = [0.0, *BETAS], 1 + BETAS.index(1.0)
+
+    def ys(run, i, what):                                     # what: 0 accuracy, 1 KL
+        return [run.at(i)[what], *(run.measured["early", run.steps[i], beta][what] for beta in BETAS)]
+
+    figure, axes = canvas("8. An early update stretched to the final norm (β = 1): is it as good as the end (dotted)?",
+                          ("solid: ΔW at 10% of training; dashed: at step 1", "β", "accuracy"),
+                          ("the same (bands end at a tenth of the mean)", "β", "KL to the teacher, nats a token"))
+    axes[1].set_yscale("log")
+    for what, axis in enumerate(axes):
+        draw(axis, study, lambda run: (betas, ys(run, run.early, what)), named=what == 0)
+        draw(axis, study, lambda run: (betas, ys(run, 0, what)), dashed=True)
+        for i, s in enumerate(study.each(lambda run: run.at(-1)[what]).values()):
+            axis.axhline(s["mean"], color=f"C{i}", linestyle=":")
+    save(figure, study.out_dir / "8_early_rescaled.png")
+    share = study.each(lambda run: 100 * ys(run, run.early, 0)[one] / max(run.final, 1e-9))
+    first = study.each(lambda run: 100 * ys(run, 0, 0)[one] / max(run.final, 1e-9))
+    best = study.each(lambda run: betas[int(np.argmax(ys(run, run.early, 0)))])
+    kl = study.each(lambda run: ys(run, run.early, 1)[one])
+    runs = study.every(lambda run: dict(final=run.at(-1)) | {
+        str(run.steps[i]): dict(accuracy=ys(run, i, 0), kl=ys(run, i, 1)) for i in {0, run.early}})
+    return (dict(betas=betas, percent_of_final_accuracy=share, from_step_1=first, best_beta=best, kl=kl, runs=runs),
+            f"% of the final accuracy at β = 1, from 10% of training: {say(share, '{:.0f}')}; from step 1: "
+            f"{say(first, '{:.0f}')}; best β {say(best, '{:.1f}')}; KL {study.base[1]:.3f} at the base, then "
+            f"{say(kl, '{:.3f}')}")
+
+
+def paths(study):
+    """9: PCA of W_0 and all W_t; the share of its first two components in the variance of each run's path."""
+    gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # with the base, ΔW = 0
+    on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
+
+    def in_two(gram):
+        return 100 * principal_components(gram)[1][:2].sum().item()
+
+    steps = torch.tensor([0, *study.longest.steps]).double()
+    null = in_two(torch.minimum(steps[:, None], steps))                          # E <ΔW_s, ΔW_t> of a random walk
+    explained = study.each(lambda run: in_two(gram[on[run]][:, on[run]]))
+    coordinates, variance = principal_components(gram)                           # of all runs together
+    figure, axes = canvas("9. The paths: straight on the left, near 100% and above the random walk on the right",
+                          ("all runs, from the base (star)", f"first component ({100 * variance[0]:.0f}% of variance)",
+                           f"second component ({100 * variance[1]:.0f}%)"),
+                          ("variance of a run's own path", "", "% in two components"))
+    for i, group in enumerate(study.groups.values()):
+        for run in group:
+            axes[0].plot(*coordinates[on[run], :2].T, ".-", color=f"C{i}", label=run.label if run is group[0] else None)
+            axes[0].plot(*coordinates[run.last + 1, :2], "o", color=f"C{i}")
+    axes[0].plot(*coordinates[0, :2], "k*", markersize=12)
+    bars(axes[1], explained, "{:.0f}", width=0.8)
+    axes[1].axhline(null, color="black", linestyle=":", label="random walk")
+    save(figure, study.out_dir / "9_paths.png")
+    return (dict(explained_percent=explained, random_walk_percent=null),
+            f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
+
+
+# ================================================================================================================
+# Appendix. The story ends here; what follows is to look things up in.
+# ================================================================================================================
+
+METHODS = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}                   # in the paper's order
+SEEDS = {"seed", "out_dir", "resume", "cache_dir", "device", "preset", "save_every", "keep_last", "eval_every",
+         "offload", "compile", "micro_batch_size", "rollout_batch_size", "gradient_checkpointing"}  # seeds may differ
+BLOCK = 2 ** 24                                              # numbers read at a time: some 300 MB
+KL_ANSWERS = 100                                             # a KL is measured on so many of an accuracy's answers
+DV_SIZES = (10, 25, 50, 100, 200, 400)                       # 10: problems in D_v
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading checkpoints and runs, and measuring.
 
 class Checkpoint:
     """A Hugging Face checkpoint on disk, in one file or several: a tensor's rows are read when they are asked for."""
@@ -97,27 +542,57 @@ class Checkpoint:
         return {name: self.read(name) for name in self.slices}
 
 
-@dataclass(eq=False)
-class Run:
-    label: str                 # of `labels_of`: runs with one label are seeds of each other
-    directory: Path
-    steps: list                # of its checkpoints, the base left out
-    points: range              # their places among all N
-    measured: dict = field(default_factory=dict)             # intervention: (accuracy, KL); empty from weights alone
+def read_weights(base: Checkpoint, points: list[Checkpoint], whole=()) -> Weights:
+    """One pass over all tensors, in the memory of two matrices and an SVD or of 300 MB. whole: points with k = r.
 
-    @property
-    def last(self):
-        return self.points[-1]
+    ValueError where a checkpoint's tensors or shapes are not the base's, or where it did not move at all.
+    """
+    check_alike(base, points)
+    weights = Weights({}, {}, [], {name: base.shape(name) for name in base.slices})
+    cosine, moved = torch.zeros(len(points), dtype=torch.float64), torch.zeros(len(points))     # of embedding rows
+    for name, shape in tqdm(weights.shape.items(), desc="weights", unit="tensor", dynamic_ncols=True):
+        gram = torch.zeros(len(points), len(points), dtype=torch.float64)
+        for w_0, deltas in blocks(base, points, name):
+            if module_of(name)[1] == "embedding":
+                rows = (deltas != 0).any(-1)                                     # (N, rows): of tokens in use
+                cosine += (F.cosine_similarity(w_0 + deltas, w_0[None], dim=-1).double() * rows).sum(1)
+                moved += rows.sum(1)
+            deltas = deltas.flatten(1).double()
+            gram += deltas @ deltas.T
+        weights.gram[name] = gram
+        if is_matrix(name, shape):
+            w_0, weights.svd[name] = base.read(name), []
+            for i, point in enumerate(points):
+                U, sigma, Vh = torch.linalg.svd(point.read(name) - w_0, full_matrices=False)
+                k = len(sigma) if i in whole else max(KS)
+                weights.svd[name].append((U[:, :k].clone(), sigma, Vh[:k].clone()))      # clones: the rest is freed
+    if not weights.svd:
+        raise ValueError(f"{base.directory} has no matrices in layers: no transformer in Hugging Face's names")
+    for i, point in enumerate(points):
+        if weights.norm(i) == 0:
+            raise ValueError(f"{point.directory} holds the base's weights: it did not move")
+    weights.embedding_cosine.extend(torch.where(moved > 0, cosine / moved.clamp(min=1), 1.0).tolist())
+    return weights
 
-    @property
-    def early(self):           # the place, among the run's own, of the checkpoint nearest to 10% of training
-        return min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - 0.1 * self.steps[-1]))
 
-    def accuracy(self, *what):
-        return self.measured[what][0]
+def check_alike(base, points):
+    for point in points:
+        for name in sorted(base.slices.keys() | point.slices.keys()):
+            if base.shape(name) != point.shape(name):
+                raise ValueError(f"{name} is {base.shape(name)} in {base.directory} and {point.shape(name)} in "
+                                 f"{point.directory}")
+    if any(checkpoint.half for checkpoint in (base, *points)):
+        print("warning: these checkpoints are in half precision: where updates are small, ΔW is mostly rounding; "
+              "analyse float32 checkpoints", file=sys.stderr)
 
-    def at(self, i):           # (accuracy, KL) of the run's checkpoint i
-        return self.measured["step", self.steps[i]]
+
+def blocks(base, points, name):
+    """A tensor, some rows at a time: W_0's (rows, ...), and every ΔW_i's (N, rows, ...)."""
+    height, *row = base.shape(name)
+    step = max(1, BLOCK // len(points) // math.prod(row))
+    for start in range(0, height, step):
+        w_0 = base.read(name, start, start + step)
+        yield w_0, torch.stack([point.read(name, start, start + step) - w_0 for point in points])
 
 
 def read_config(directory: Path) -> Config:
@@ -145,16 +620,17 @@ def same_base(a, b) -> bool:
     return filecmp.cmp(*(run / "checkpoints/step_000000/model.safetensors" for run in (a, b)), shallow=False)
 
 
-def newest_runs(home=Path("runs")) -> list[Path]:
+def newest_runs() -> list[Path]:
     """The newest finished run of each method in runs/* and runs/race*/*; says what is missing and how to make it."""
-    found = [p.parents[1] for p in (*home.glob("*/checkpoints/final"), *home.glob("race*/*/checkpoints/final"))]
+    found = [p.parents[1] for p in (*Path("runs").glob("*/checkpoints/final"),
+                                    *Path("runs").glob("race*/*/checkpoints/final"))]
     found.sort(key=lambda run: (run / "checkpoints" / "final").stat().st_mtime)
     if not found:
-        raise ValueError(f"no finished run under {home}/; python train.py --method opd makes one")
+        raise ValueError("no finished run under runs/; python train.py --method opd makes one")
     newest = {method_of(read_config(run)): run for run in found if same_base(run, found[-1])}
     for method, options in [("OPD", ""), ("EffOPD", ""), ("RL", " --lr 3e-4"), ("SFT", "")]:
         if method not in newest:
-            print(f"no {method} run from this base under {home}/; to have one: "
+            print(f"no {method} run from this base under runs/; to have one: "
                   f"python train.py --method {method.lower()}{options}")
     return list(newest.values())
 
@@ -189,208 +665,6 @@ def load_runs(directories):
     return Checkpoint(first / "checkpoints" / "step_000000"), points, runs, taught
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# From the weights alone, one tensor at a time.
-
-class Weights(NamedTuple):
-    gram: dict                 # name: (N, N) float64, <ΔW_i, ΔW_j>; norms, cosines and PCA all come from it
-    svd: dict                  # matrix name: a point's (U (m, k), σ (r,), Vᵀ (k, n)), k = 20 or, where asked for, r
-    embedding_cosine: list     # a point's mean cosine between base and trained embedding rows, of rows that moved
-    shape: dict                # name: shape
-
-
-def read_weights(base: Checkpoint, points: list[Checkpoint], whole=()) -> Weights:
-    """One pass over all tensors, in the memory of two matrices and an SVD or of 300 MB. whole: points with k = r.
-
-    ValueError where a checkpoint's tensors or shapes are not the base's, or where it did not move at all.
-    """
-    for point in points:
-        for name in sorted(base.slices.keys() | point.slices.keys()):
-            if base.shape(name) != point.shape(name):
-                raise ValueError(f"{name} is {base.shape(name)} in {base.directory} and {point.shape(name)} in "
-                                 f"{point.directory}")
-    if base.half or any(point.half for point in points):
-        print("warning: these checkpoints are in half precision: where updates are small, ΔW is mostly rounding; "
-              "analyse float32 checkpoints", file=sys.stderr)
-    N, weights = len(points), Weights({}, {}, [], {name: base.shape(name) for name in base.slices})
-    cosine_sum, rows_moved = torch.zeros(N, dtype=torch.float64), torch.zeros(N)
-    for name, shape in tqdm(weights.shape.items(), desc="weights", unit="tensor", dynamic_ncols=True):
-        gram = torch.zeros(N, N, dtype=torch.float64)
-        height = max(1, BLOCK // N // math.prod(shape[1:]))                      # rows at a time
-        for start in range(0, shape[0], height):
-            w_0 = base.read(name, start, start + height)
-            deltas = torch.stack([c.read(name, start, start + height) - w_0 for c in points])       # (N, rows, ...)
-            if module_of(name)[1] == "embedding":
-                moved = (deltas != 0).any(-1)                                    # (N, rows): of tokens in use
-                cosine_sum += (F.cosine_similarity(w_0 + deltas, w_0[None], dim=-1).double() * moved).sum(1)
-                rows_moved += moved.sum(1)
-            deltas = deltas.flatten(1).double()
-            gram += deltas @ deltas.T
-        weights.gram[name] = gram
-        if is_matrix(name, shape):
-            w_0, weights.svd[name] = base.read(name), []
-            for i, point in enumerate(points):
-                U, sigma, Vh = torch.linalg.svd(point.read(name) - w_0, full_matrices=False)
-                k = len(sigma) if i in whole else max(KS)
-                weights.svd[name].append((U[:, :k].clone(), sigma, Vh[:k].clone()))      # clones: the rest is freed
-    if not weights.svd:
-        raise ValueError(f"{base.directory} has no matrices in layers: no transformer in Hugging Face's names")
-    for i, point in enumerate(points):
-        if norm(weights, i) == 0:
-            raise ValueError(f"{point.directory} holds the base's weights: it did not move")
-    weights.embedding_cosine.extend(torch.where(rows_moved > 0, cosine_sum / rows_moved.clamp(min=1), 1.0).tolist())
-    return weights
-
-
-def is_matrix(name, shape) -> bool:
-    return len(shape) == 2 and module_of(name)[0] is not None
-
-
-def part_of(name) -> str:
-    return "attention" if "attn" in name or "attention" in name else "mlp"
-
-
-def norm(weights, i, names=None) -> float:
-    """||ΔW_i||_F, of all tensors or of these."""
-    return sum(weights.gram[name][i, i].item() for name in (weights.gram if names is None else names)) ** 0.5
-
-
-def norm_shares(weights, i) -> dict:
-    """2: the share of ||ΔW_i||² of each (layer, module), a sum over the tensors of one kind; together 1."""
-    shares, whole = defaultdict(float), norm(weights, i) ** 2
-    for name, gram in weights.gram.items():
-        shares[module_of(name)] += gram[i, i].item() / whole
-    return shares
-
-
-@functools.cache
-def gaussian_sigma(shape):
-    """Singular values (r,) of a Gaussian matrix of Frobenius norm 1: what no structure at all looks like."""
-    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    return sigma / sigma.norm()
-
-
-def sigmas(weights, i) -> dict:
-    """name: singular values (r,) of ΔW_i, of the matrices that moved."""
-    return {name: svds[i][1] for name, svds in weights.svd.items() if svds[i][1][0] > 0}
-
-
-def spectra(weights, i) -> dict:
-    """5: a metric's mean and standard deviation over matrices, and its mean over Gaussian ones of the same norms."""
-    of = sigmas(weights, i)
-    rows = [spectral_metrics(sigma) for sigma in of.values()]
-    null = [spectral_metrics(gaussian_sigma(weights.shape[name]) * sigma.norm()) for name, sigma in of.items()]
-    return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
-                "gaussian": float(np.mean([row[m] for row in null]))} for m in METRICS}
-
-
-def alignment(weights, i, j):
-    """6: subspace alignment of ΔW_i with ΔW_j at k = 1..20, mean over matrices and over left and right: (20,)."""
-    pairs = [(svds[i], svds[j]) for svds in weights.svd.values() if svds[i][1][0] > 0 and svds[j][1][0] > 0]
-    return np.mean([[(basis_alignment(U_i, U_j, k) + basis_alignment(Vh_i.T, Vh_j.T, k)) / 2 for k in KS]
-                    for (U_i, _, Vh_i), (U_j, _, Vh_j) in pairs], axis=0)
-
-
-def walk_alignment(shapes, steps):
-    """6: the same for random walks of equal Gaussian steps in matrices of these shapes: (len(steps), 20)."""
-    rng, by_shape = torch.Generator().manual_seed(0), {}
-    for shape in dict.fromkeys(shapes):
-        at, svds = torch.zeros(shape), []
-        for before, now in zip([0, *steps], steps):
-            at += torch.randn(shape, generator=rng) * (now - before) ** 0.5
-            svds.append(torch.linalg.svd(at, full_matrices=False))
-        walk = Weights({}, {shape: svds}, [], {shape: shape})
-        by_shape[shape] = [alignment(walk, i, len(steps) - 1) for i in range(len(steps))]
-    return np.mean([by_shape[shape] for shape in shapes], axis=0)
-
-
-def cosines(gram, i, j) -> tuple[float, float]:
-    """6: cos(ΔW_i, ΔW_j), which rises by construction, and cos(ΔW_i, W_j - W_i), the way not yet gone; 0 if none is."""
-    rest = gram[j, j] - 2 * gram[i, j] + gram[i, i]          # ||W_j - W_i||²
-    return ((gram[i, j] / (gram[i, i] * gram[j, j]).sqrt()).item(),
-            ((gram[i, j] - gram[i, i]) / (gram[i, i] * rest).sqrt()).item() if rest > 1e-12 * gram[j, j] else 0.0)
-
-
-def principal_components(gram):
-    """9: PCA of points given by their inner products (n, n) -> coordinates (n, n), explained variance (n,)."""
-    gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()        # as if the points had been centred
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    return vectors * values.sqrt(), values / values.sum()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Interventions: weights and updates as dicts of tensors by name.
-
-def add(base, update, alpha=1.0) -> dict:
-    """base + α update; what the update does not name stays at the base."""
-    return {name: w + alpha * update[name] if name in update else w for name, w in base.items()}
-
-
-def matrices(update) -> dict:
-    return {name: d for name, d in update.items() if is_matrix(name, d.shape)}
-
-
-def window(update, layer, width, part) -> dict:
-    """3: the part ("mlp" or "attention") of the update's matrices in layers layer - width .. layer + width."""
-    return {name: d for name, d in matrices(update).items()
-            if abs(module_of(name)[0] - layer) <= width and part_of(name) == part}
-
-
-def window_width(num_layers) -> int:
-    """The paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
-    return max(0, round((0.45 * num_layers - 1) / 2))
-
-
-def directions_in(percent, sigma) -> int:
-    """So many percent of a matrix's singular directions, at least one."""
-    return max(1, round(percent / 100 * len(sigma)))
-
-
-def truncated(svds, percent, end) -> dict:
-    """7: the leading ("top") or trailing ("bottom") percent of every matrix's singular directions alone."""
-    kept = {}
-    for name, (U, sigma, Vh) in svds.items():
-        k = directions_in(percent, sigma)
-        part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
-        kept[name] = U[:, part] * sigma[part] @ Vh[part]
-    return kept
-
-
-def rescaled(early, final, beta) -> dict:
-    """8: ΔW_early · [1 + β (||ΔW_T|| / ||ΔW_early|| - 1)], tensor by tensor."""
-    return {name: d * (1 + beta * (final[name].norm() / d.norm() - 1)) if d.any() else d for name, d in early.items()}
-
-
-def frobenius(update) -> float:
-    return sum(d.square().sum().item() for d in update.values()) ** 0.5
-
-
-def scaled_to(update, size) -> dict:
-    factor = size / frobenius(update)
-    return {name: factor * d for name, d in update.items()}
-
-
-def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
-    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
-    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
-    trained = add(base, final)
-    jobs = {("alpha", alpha): lambda alpha=alpha: add(base, final, alpha) for alpha in ALPHAS[:-1]}
-    jobs |= {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
-    for part in ("mlp", "attention"):
-        for layer in range(num_layers):
-            piece = window(final, layer, window_width(num_layers), part)
-            jobs["inject", part, layer] = lambda piece=piece: add(base, piece)
-            jobs["leave out", part, layer] = lambda piece=piece: add(trained, piece, -1.0)
-    jobs["embeddings back",] = lambda: {name: base[name] if module_of(name)[1] in ("embedding", "head") else w
-                                        for name, w in trained.items()}
-    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}
-    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
-    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
-             for i in {0, run.early} for beta in BETAS}
-    return jobs
-
-
 @torch.no_grad()
 def put(model, weights):
     """Copy weights into the model by name; a tied head is no entry of its own."""
@@ -413,35 +687,7 @@ def measure_with(model, teacher, task, problems):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Statistics and drawing.
-
-class Study(NamedTuple):
-    """What the nine questions are answered from."""
-    weights: Weights
-    runs: list                 # of Run
-    base: tuple                # (accuracy, KL) of the base; () from weights alone
-    noise: tuple               # the same of a Gaussian update, of the norm that 7 scales to
-    picks: dict                # "end", "equal accuracy", ...: {run: the point that stands for it}
-    out_dir: Path
-
-    @property
-    def groups(self) -> dict:
-        """{label: its Runs}, in order."""
-        labels = dict.fromkeys(run.label for run in self.runs)
-        return {label: [run for run in self.runs if run.label == label] for label in labels}
-
-    def each(self, f) -> dict:
-        """{label: mean and 95% interval over seeds of f(run)}; None where f has no answer."""
-        return {label: interval([f(run) for run in group]) for label, group in self.groups.items()}
-
-    def every(self, f) -> dict:
-        """{directory: f(run)}, for analysis.json."""
-        return {run.directory.as_posix(): f(run) for run in self.runs}
-
-    def compared(self, f) -> dict:
-        """{"end": ..., "equal accuracy": ..., ...: `each` of f(point that stands for a run)}."""
-        return {pick: self.each(lambda run: f(point[run])) for pick, point in self.picks.items()}
-
+# Statistics and drawing, small helpers, and what chance looks like.
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # two-sided quantiles of t, 1 to 9 degrees of freedom
 
@@ -491,7 +737,7 @@ def draw(axis, study, f, dashed=False, named=False, marker="."):
         axis.fill_between(xs, low, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
 
 
-def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
+def bars(axis, stats, form="{:.2f}", offset=0.0, width=0.4, alpha=1.0):
     for i, s in enumerate(stats.values()):
         axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
         axis.text(i + offset, s["mean"] + (s["half"] or 0), "  " + form.format(s["mean"]), rotation=90, ha="center",
@@ -500,307 +746,75 @@ def bars(axis, study, stats, form="{:.2f}", offset=0.0, width=0.8, alpha=1.0):
     axis.margins(y=0.25)
 
 
+def heatmap(axis, table, top):
+    """table (layers, modules), in %; the colours go from 0 to top. -> the image, for a colour bar."""
+    image, small = axis.imshow(table, aspect="auto", vmin=0, vmax=top), len(table) <= 12
+    axis.grid(False)
+    axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
+    axis.set_yticks(range(0, len(table), 1 if small else 4))
+    for (y, x), value in np.ndenumerate(table) if small else ():
+        axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                  color="black" if value > top / 2 else "white")
+    return image
+
+
+def log_ticks(axes, ticks):
+    for axis in axes:
+        axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
+        axis.minorticks_off()
+
+
 def crossing(xs, ys, target):
     """Where the line through the points first reaches the target; None if it never does."""
     return next((float(x0 + (x1 - x0) * (target - y0) / (y1 - y0))
                  for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]) if y0 < target <= y1), None)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The nine questions. Each draws its figure and returns (numbers, what these runs say).
-
-PAPER = {
-    "norm_scaling": "OPD gains more accuracy per unit of norm than RL",
-    "update_norms": "OPD moves the useful MLP blocks and hardly the embeddings",
-    "utility": "an inverted U over depth, MLP above attention; RL has more of its norm where utility is low",
-    "embeddings": "putting them back costs OPD nothing; cosine RL .967, OPD .985 (4B), .942 and .975 (8B)",
-    "spectrum": "OPD is more concentrated: σ1/‖ΔW‖ RL 19.7%, OPD 25.7%, effective rank 1908 and 1587 (4B)",
-    "directions": "OPD's subspace locks on to the final one early, RL's later",
-    "low_rank": "the top 10% of the directions recovers more than 95% of the accuracy",
-    "early_rescaled": "ΔW at 10% of training has some 80% of the final accuracy at β = 1, less above 1.2; the KL falls",
-    "paths": "OPD's path is nearly a line: most of its variance is in two components",
-}
+def is_matrix(name, shape) -> bool:
+    return len(shape) == 2 and module_of(name)[0] is not None
 
 
-def norm_scaling(study):
-    xs = np.array([0.0, *ALPHAS])
-
-    def ys(run):
-        return [study.base[0], *(run.accuracy("alpha", alpha) for alpha in ALPHAS[:-1]), run.at(-1)[0]]
-
-    def size(run):
-        return norm(study.weights, run.last)
-
-    smallest, target = min(map(size, study.runs)), min(s["mean"] for s in study.each(lambda run: ys(run)[-1]).values())
-    figure, axes = canvas("1. Accuracy per unit of update norm: the higher on the right, the more for its norm",
-                          ("along the update", "α", "accuracy of W$_0$ + αΔW"),
-                          ("against the distance moved", "‖αΔW‖$_F$", "accuracy"))
-    draw(axes[0], study, lambda run: (xs, ys(run)))
-    draw(axes[1], study, lambda run: (xs * size(run), ys(run)), named=True)
-    axes[1].axvline(smallest, color="grey", linestyle=":", label="equal norm")
-    axes[1].axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
-    save(figure, study.out_dir / "1_norm_scaling.png")
-    at_norm = study.each(lambda run: float(np.interp(smallest, xs * size(run), ys(run))))
-    to_accuracy = study.each(lambda run: crossing(xs * size(run), ys(run), target))
-    return (dict(alphas=xs.tolist(), accuracy=study.every(ys), norm=study.each(size), equal_norm=smallest,
-                 equal_accuracy=target, accuracy_at_equal_norm=at_norm, norm_to_equal_accuracy=to_accuracy),
-            f"accuracy at norm {smallest:.2f}: {say(at_norm)}; norm to accuracy {target:.2f}: {say(to_accuracy)}")
+def matrices(update) -> dict:
+    return {name: d for name, d in update.items() if is_matrix(name, d.shape)}
 
 
-def update_norms(study):
-    weights, mlp = study.weights, ("gate", "up", "down")
-    layers = 1 + max(module_of(name)[0] for name in weights.svd)
-    shares = {run: norm_shares(weights, run.last) for run in study.runs}
-    top = 100 * max(share for of in shares.values() for (layer, _), share in of.items() if layer is not None)
-    figure, axes = canvas("2. Share of ‖ΔW‖² by layer and module, in %: where did each method put its update?",
-                          *((label.replace(", ", "\n"), "", "layer") for label in study.groups),
-                          height=1.8 + 0.16 * max(6, layers))
-    for axis, group in zip(axes, study.groups.values()):
-        table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
-                          for layer in range(layers)])
-        image = axis.imshow(table, aspect="auto", vmin=0, vmax=top)
-        axis.grid(False)
-        axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
-        axis.set_yticks(range(0, layers, 1 if layers <= 12 else 4))
-        for (y, x), value in np.ndenumerate(table) if layers <= 12 else ():
-            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                      color="black" if value > top / 2 else "white")
-        axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
-    figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
-    save(figure, study.out_dir / "2_update_norms.png")
-    in_mlp = study.compared(lambda i: 100 * sum(v for (_, m), v in norm_shares(weights, i).items() if m in mlp))
-    embedding = study.compared(lambda i: 100 * norm_shares(weights, i)[None, "embedding"])
-    sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
-    null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in mlp) / sum(sizes.values())
-    named = study.every(lambda run: {m if at is None else f"{at} {m}": v for (at, m), v in shares[run].items()})
-    return (dict(share=named, mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
-            f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
-            f"{say(embedding['end'], '{:.1f}')}")
+def window_width(num_layers) -> int:
+    """3: the paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
+    return max(0, round((0.45 * num_layers - 1) / 2))
 
 
-def utility(study):
-    weights, layers = study.weights, 1 + max(module_of(name)[0] for name in study.weights.svd)
-    width, places = window_width(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
-
-    def size(run, part, layer, width):
-        return norm(weights, run.last, [name for name in weights.svd if part_of(name) == part
-                                        and abs(module_of(name)[0] - layer) <= width])
-
-    def gain(run, *place):                                    # accuracy that the window alone adds to the base
-        return run.accuracy("inject", *place) - study.base[0]
-
-    def worth(run, *place):                                   # per unit of norm; 0 for what did not move
-        return gain(run, *place) / max(size(run, *place, width), 1e-30)
-
-    def loss(run, *place):                                    # accuracy that the trained model loses without it
-        return run.at(-1)[0] - run.accuracy("leave out", *place)
-
-    span = f"{2 * width + 1} layers" if width else "one layer"
-    figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
-                          *((name, "centre of the window, layer", y) for name, y in (
-                              ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
-                              ("leave one out", "accuracy lost"))))
-    for axis, f in zip(axes, (gain, worth, loss)):
-        for part in ("mlp", "attention"):
-            draw(axis, study, lambda run: (range(layers), [f(run, part, layer) for layer in range(layers)]),
-                 dashed=part == "attention", named=part == "mlp" and f is gain)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(0, layers, 1 if layers <= 12 else 4))
-    save(figure, study.out_dir / "3_utility.png")
-    # One ranking for all methods, so that what is low does not depend on what a method left alone.
-    low = sorted(places, key=lambda place: np.mean([worth(run, *place) for run in study.runs]))[:layers]
-    in_low = study.each(lambda run: 100 * sum(size(run, *place, 0) ** 2 for place in low)
-                        / norm(weights, run.last, weights.svd) ** 2)
-    mlp, attention = (study.each(lambda run: max(gain(run, part, layer) for layer in range(layers)))
-                      for part in ("mlp", "attention"))
-    runs = study.every(lambda run: {f.__name__: [f(run, *place) for place in places] for f in (gain, worth, loss)})
-    return (dict(window=2 * width + 1, low_utility=low, percent_in_low_utility=in_low, best_mlp=mlp,
-                 best_attention=attention, places=places, runs=runs),
-            f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
-            f"{say(in_low, '{:.0f}')}")
+def directions_in(percent, sigma) -> int:
+    """7: so many percent of a matrix's singular directions, at least one."""
+    return max(1, round(percent / 100 * len(sigma)))
 
 
-def embeddings(study):
-    cosine = study.weights.embedding_cosine
-    numbers = dict(cosine=study.compared(lambda i: cosine[i]))
-    here = f"cosine {say(numbers['cosine']['end'], '{:.4f}')}"
-    panels = [("base and trained rows", "optimiser step", "1 - cosine, mean over rows in use"),
-              ("the base's embeddings put back (pale: as trained)", "", "accuracy")]
-    figure, axes = canvas("4. Embeddings: they hardly matter if the left is small and the bars on the right are equal",
-                          *panels[:2 if study.base else 1])
-    draw(axes[0], study, lambda run: (run.steps, [1 - cosine[i] for i in run.points]), named=True)
-    axes[0].set_xscale("log", base=2)
-    if study.base:
-        trained, back = study.each(lambda run: run.at(-1)[0]), study.each(lambda run: run.accuracy("embeddings back"))
-        bars(axes[1], study, trained, offset=-0.2, width=0.4, alpha=0.4)
-        bars(axes[1], study, back, offset=0.2, width=0.4)
-        axes[1].axhline(study.base[0], color="grey", linestyle=":", label="base")
-        numbers |= dict(accuracy_as_trained=trained, accuracy_with_base_embeddings=back)
-        here += f"; accuracy with the base's put back: {say(back)} (as trained: {say(trained)})"
-    save(figure, study.out_dir / "4_embeddings.png")
-    return numbers, here
+def frobenius(update) -> float:
+    return sum(d.square().sum().item() for d in update.values()) ** 0.5
 
 
-def spectrum(study):
-    weights, grid = study.weights, np.linspace(0, 1, 101)
-    gaussian = {name: gaussian_sigma(weights.shape[name]) for name in weights.svd}
-    rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
-    rows = {i: spectra(weights, i) for point in study.picks.values() for i in point.values()}
-    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "sd", "gaussian")}
-             for metric in METRICS}
-
-    def level(of):                                            # mean over matrices of any rank: (101,)
-        return np.mean([np.interp(grid, np.linspace(0, 1, len(s)), s / s.norm()) for s in of.values()], axis=0)
-
-    other = list(study.picks)[-1]                             # equal accuracy; from weights alone the end itself
-    figure, axes = canvas("5. Spectra of ΔW, concentrated: steep on the left, high in the middle, low on the right",
-                          ("singular values, mean over matrices", "i / r", "σ$_i$ / ‖ΔW‖$_F$"),
-                          (f"spectral ratio (pale: {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
-                          (f"effective rank (pale: {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
-    axes[0].set_yscale("log")
-    draw(axes[0], study, lambda run: (grid, level(sigmas(weights, run.last))), named=True, marker="")
-    axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
-    axes[0].set_ylim(bottom=1e-3)
-    for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
-        bars(axis, study, table[metric]["mean"]["end"], form, offset=-0.2, width=0.4)
-        bars(axis, study, table[metric]["mean"][other], form, offset=0.2, width=0.4, alpha=0.4)
-        null = table[metric]["gaussian"]["end"][study.runs[0].label]["mean"]
-        axis.axhline(null, color="black", linestyle=":", label="Gaussian")
-    save(figure, study.out_dir / "5_spectra.png")
-    ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
-    return (dict(mean_rank=rank) | table,
-            f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
-            f"{null:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
+def scaled_to(update, size) -> dict:
+    factor = size / frobenius(update)
+    return {name: factor * d for name, d in update.items()}
 
 
-def directions(study):
-    weights, gram = study.weights, sum(study.weights.gram.values())
-    by_k = {run: np.array([alignment(weights, i, run.last) for i in run.points]) for run in study.runs}  # (steps, 20)
-    longest = max(study.runs, key=lambda run: run.steps[-1])
-    early, walk = longest.early, walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)
-    walk_cosine = np.sqrt(np.array(longest.steps) / longest.steps[-1])           # of a random walk to its end
-
-    def cosine(run, to):
-        return [cosines(gram, i, run.last)[to] for i in run.points]
-
-    figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
-                          ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
-                          ("the same at 10% of training", "k leading directions", "mean squared cosine"),
-                          ("to the end (dashed: to what is left)", "optimiser step t", "cosine of ΔW$_t$"))
-    draw(axes[0], study, lambda run: (run.steps, by_k[run].mean(1)), named=True)
-    draw(axes[1], study, lambda run: (KS, by_k[run][run.early]))
-    draw(axes[2], study, lambda run: (run.steps, cosine(run, 0)))
-    draw(axes[2], study, lambda run: (run.steps[:-1], cosine(run, 1)[:-1]), dashed=True)
-    axes[0].plot(longest.steps, walk.mean(1), "k:", label="random walk")
-    axes[1].plot(KS, walk[early], "k:")
-    axes[2].plot(longest.steps, walk_cosine, "k:")
-    axes[2].axhline(0, color="black", linewidth=0.8)
-    axes[0].set_xscale("log", base=2)
-    axes[2].set_xscale("log", base=2)
-    save(figure, study.out_dir / "6_alignment.png")
-    paper = study.each(lambda run: float(by_k[run][run.early].mean()))
-    end, rest = (study.each(lambda run: cosine(run, to)[run.early]) for to in (0, 1))
-    runs = study.every(lambda run: dict(steps=run.steps, early_step=run.steps[run.early],
-                                        alignment=by_k[run].mean(1).tolist(), alignment_by_k=by_k[run].tolist(),
-                                        cosine_to_the_end=cosine(run, 0), cosine_to_the_rest=cosine(run, 1)))
-    null = dict(steps=longest.steps, alignment=walk.mean(1).tolist(), cosine_to_the_end=walk_cosine.tolist())
-    return (dict(alignment=paper, cosine_to_the_end=end, cosine_to_the_rest=rest, random_walk=null, runs=runs),
-            f"near 10% of training (step {longest.steps[early]}): alignment {say(paper)} (random walk "
-            f"{walk[early].mean():.2f}); cosine to the end {say(end)} (random walk {walk_cosine[early]:.2f}), to what "
-            f"is left {say(rest)} (random walk 0)")
+@cache
+def gaussian_sigma(shape):
+    """Singular values (r,) of a Gaussian matrix of Frobenius norm 1."""
+    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    return sigma / sigma.norm()
 
 
-def low_rank(study):
-    def kept(of):                                             # share of the norm in the top k%, mean over matrices
-        return [float(np.mean([s[:directions_in(k, s)].norm() / s.norm() for s in of.values()])) for k in TOP]
-
-    def top(run):
-        return [run.accuracy("top", k) for k in TOP]
-
-    def bottom(run):
-        return [run.accuracy("bottom", k) for k in BOTTOM]
-
-    figure, axes = canvas("7. Singular directions: do the top 10% of them do the work of all, and the others none?",
-                          ("top k%, scaled to one norm for all", "k, % of the directions", "accuracy"),
-                          ("bottom k%, not scaled", "k, % of the directions", "accuracy"),
-                          ("norm in the top k%", "k, % of the directions", "‖ΔW$_k$‖ / ‖ΔW‖"))
-    draw(axes[0], study, lambda run: (TOP, top(run)), named=True)
-    draw(axes[1], study, lambda run: (BOTTOM, bottom(run)))
-    draw(axes[2], study, lambda run: (TOP, kept(sigmas(study.weights, run.last))))
-    gaussian = {name: gaussian_sigma(study.weights.shape[name]) for name in study.weights.svd}
-    axes[2].plot(TOP, kept(gaussian), "k:", label="Gaussian")
-    axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian")
-    axes[1].axhline(study.base[0], color="grey", linestyle="--", linewidth=1, label="base")
-    for axis in (axes[0], axes[2]):
-        axis.set(xscale="log", xticks=TOP, xticklabels=TOP)
-        axis.minorticks_off()
-    save(figure, study.out_dir / "7_low_rank.png")
-    ten, base = TOP.index(10), study.base[0]
-    share = study.each(lambda run: 100 * top(run)[ten] / max(top(run)[-1], 1e-9))
-    gain = study.each(lambda run: 100 * (top(run)[ten] - base) / (top(run)[-1] - base) if top(run)[-1] > base else None)
-    rest = study.each(lambda run: run.accuracy("bottom", 90))
-    runs = study.every(lambda run: dict(top=top(run), bottom=bottom(run)))
-    return (dict(top_percents=TOP, bottom_percents=BOTTOM, gaussian_update=study.noise[0], top_10_of_accuracy=share,
-                 top_10_of_gain=gain, bottom_90=rest, runs=runs),
-            f"top 10% at equal norm, % of the accuracy: {say(share, '{:.0f}')}; of the gain: {say(gain, '{:.0f}')}; "
-            f"the other 90% alone: accuracy {say(rest)} (base {base:.2f})")
-
-
-def early_rescaled(study):
-    betas = [0.0, *BETAS]
-    one = betas.index(1.0)
-
-    def ys(run, i, what):                                     # what: 0 accuracy, 1 KL
-        return [run.at(i)[what], *(run.measured["early", run.steps[i], beta][what] for beta in BETAS)]
-
-    figure, axes = canvas("8. An early update stretched to the final norm (β = 1): is it as good as the end (dotted)?",
-                          ("solid: ΔW at 10% of training; dashed: at step 1", "β", "accuracy"),
-                          ("the same (bands end at a tenth of the mean)", "β", "KL to the teacher, nats a token"))
-    axes[1].set_yscale("log")
-    for what, axis in enumerate(axes):
-        draw(axis, study, lambda run: (betas, ys(run, run.early, what)), named=what == 0)
-        draw(axis, study, lambda run: (betas, ys(run, 0, what)), dashed=True)
-        for i, s in enumerate(study.each(lambda run: run.at(-1)[what]).values()):
-            axis.axhline(s["mean"], color=f"C{i}", linestyle=":")
-    save(figure, study.out_dir / "8_early_rescaled.png")
-    share = study.each(lambda run: 100 * ys(run, run.early, 0)[one] / max(run.at(-1)[0], 1e-9))
-    first = study.each(lambda run: 100 * ys(run, 0, 0)[one] / max(run.at(-1)[0], 1e-9))
-    best = study.each(lambda run: betas[int(np.argmax(ys(run, run.early, 0)))])
-    kl = study.each(lambda run: ys(run, run.early, 1)[one])
-    runs = study.every(lambda run: dict(final=run.at(-1)) | {
-        str(run.steps[i]): dict(accuracy=ys(run, i, 0), kl=ys(run, i, 1)) for i in {0, run.early}})
-    return (dict(betas=betas, percent_of_final_accuracy=share, from_step_1=first, best_beta=best, kl=kl, runs=runs),
-            f"% of the final accuracy at β = 1, from 10% of training: {say(share, '{:.0f}')}; from step 1: "
-            f"{say(first, '{:.0f}')}; best β {say(best, '{:.1f}')}; KL {study.base[1]:.3f} at the base, then "
-            f"{say(kl, '{:.3f}')}")
-
-
-def paths(study):
-    gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # the base, ΔW = 0, is on every path
-    on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
-
-    def in_two(gram):
-        return 100 * principal_components(gram)[1][:2].sum().item()
-
-    steps = torch.tensor([0, *max((run.steps for run in study.runs), key=lambda steps: steps[-1])]).double()
-    null = in_two(torch.minimum(steps[:, None], steps))                          # E <ΔW_s, ΔW_t> = min(s, t)
-    explained = study.each(lambda run: in_two(gram[on[run]][:, on[run]]))
-    coordinates, variance = principal_components(gram)                           # of all runs together
-    figure, axes = canvas("9. The paths: straight on the left, near 100% and above the random walk on the right",
-                          ("all runs, from the base (star)", f"first component ({100 * variance[0]:.0f}% of variance)",
-                           f"second component ({100 * variance[1]:.0f}%)"),
-                          ("variance of a run's own path", "", "% in two components"))
-    for i, group in enumerate(study.groups.values()):
-        for run in group:
-            axes[0].plot(*coordinates[on[run], :2].T, ".-", color=f"C{i}", label=run.label if run is group[0] else None)
-            axes[0].plot(*coordinates[run.last + 1, :2], "o", color=f"C{i}")
-    axes[0].plot(*coordinates[0, :2], "k*", markersize=12)
-    bars(axes[1], study, explained, "{:.0f}")
-    axes[1].axhline(null, color="black", linestyle=":", label="random walk")
-    save(figure, study.out_dir / "9_paths.png")
-    return (dict(explained_percent=explained, random_walk_percent=null,
-                 coordinates=study.every(lambda run: coordinates[on[run], :2].tolist())),
-            f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
+def walk_alignment(shapes, steps):
+    """`alignment` of random walks of equal Gaussian steps in matrices of these shapes with their ends: (steps, 20)."""
+    rng, by_shape = torch.Generator().manual_seed(0), {}
+    for shape in dict.fromkeys(shapes):
+        at, svds = torch.zeros(shape), []
+        for before, now in zip([0, *steps], steps):
+            at += torch.randn(shape, generator=rng) * (now - before) ** 0.5
+            svds.append(torch.linalg.svd(at, full_matrices=False))
+        walk = Weights({}, {shape: svds}, [], {})
+        by_shape[shape] = [walk.alignment(i, len(steps) - 1) for i in range(len(steps))]
+    return np.mean([by_shape[shape] for shape in shapes], axis=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -905,9 +919,8 @@ def draw_dv(table, path):
         axes[int(name in ("accuracy_lost", "curse"))].errorbar(
             list(map(int, by_size)), mean, None if np.isnan(low).all() else (mean - low, high - mean), fmt=f"C{i}.-",
             capsize=3, label=RATES[name][2])
+    log_ticks(axes, DV_SIZES)
     for axis in axes:
-        axis.set(xscale="log", xticks=DV_SIZES, xticklabels=DV_SIZES)
-        axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
     save(figure, path)
 
@@ -968,28 +981,44 @@ def study_runs(args, out_dir) -> Study:
         print("warning: --cache_dir holds another base than these runs', so another teacher: read the KLs with care",
               file=sys.stderr)
     measure = measure_with(model, teacher, task, evaluation_problems(config, task)[:args.problems])
-    common_norm = min(norm(weights, run.last, weights.svd) for run in runs)      # the smallest: no one is stretched
+    common_norm = min(weights.norm(run.last, weights.svd) for run in runs)       # the smallest: no one is stretched
     rng = torch.Generator().manual_seed(0)
     noise = scaled_to({name: torch.randn(weights.shape[name], generator=rng) for name in weights.svd}, common_norm)
-    at_base, at_noise = measure(w_0), measure(add(w_0, noise))
+    study = Study(weights, runs, measure(w_0), measure(add(w_0, noise)), {}, out_dir)
     for run in runs:
-        svds = {name: of[run.last] for name, of in weights.svd.items()}
-        jobs = interventions(w_0, lambda i, run=run: add(points[run.points[i]].weights(), w_0, -1.0), svds, run,
-                             common_norm, model.config.num_hidden_layers)
+        jobs = interventions(w_0, lambda i: add(points[run.points[i]].weights(), w_0, -1.0),
+                             {name: svds[run.last] for name, svds in weights.svd.items()}, run, common_norm,
+                             weights.num_layers)
         bar = tqdm(jobs.items(), desc=run.label, unit="accuracy", dynamic_ncols=True)
         run.measured = {what: tuple(measure(make())) for what, make in bar}
+    study.picks.update(picks(study))
+    return study
 
-    def nearest(value, target):                               # {run: the point whose value is nearest to the target}
+
+def picks(study) -> dict:
+    """{"end", "equal steps", ...: {run: its point, or the one nearest to what all runs reach}}."""
+    runs, norm = study.runs, study.weights.norm
+
+    def nearest(value, target):
         return {run: run.points[min(range(len(run.steps)), key=lambda i: abs(value(run, i) - target))] for run in runs}
 
-    study = Study(weights, runs, at_base, at_noise, {}, out_dir)
-    reached = min(s["mean"] for s in study.each(lambda run: run.at(-1)[0]).values())
-    study.picks.update({"end": {run: run.last for run in runs},
-                        "equal steps": nearest(lambda run, i: run.steps[i], min(run.steps[-1] for run in runs)),
-                        "equal norm": nearest(lambda run, i: norm(weights, run.points[i]),
-                                              min(norm(weights, run.last) for run in runs)),
-                        "equal accuracy": nearest(lambda run, i: run.at(i)[0], reached)})
-    return study
+    return {"end": {run: run.last for run in runs},
+            "equal steps": nearest(lambda run, i: run.steps[i], min(run.steps[-1] for run in runs)),
+            "equal norm": nearest(lambda run, i: norm(run.points[i]), min(norm(run.last) for run in runs)),
+            "equal accuracy": nearest(lambda run, i: run.at(i)[0], study.target)}
+
+
+CLAIMS = {  # question: what the paper says
+    norm_scaling: "OPD gains more accuracy per unit of norm than RL",
+    update_norms: "OPD moves the useful MLP blocks and hardly the embeddings",
+    utility: "an inverted U over depth, MLP above attention; RL has more of its norm where utility is low",
+    embeddings: "putting them back costs OPD nothing; cosine RL .967, OPD .985 (4B), .942 and .975 (8B)",
+    spectrum: "OPD is more concentrated: σ1/‖ΔW‖ RL 19.7%, OPD 25.7%, effective rank 1908 and 1587 (4B)",
+    directions: "OPD's subspace locks on to the final one early, RL's later",
+    low_rank: "the top 10% of the directions recovers more than 95% of the accuracy",
+    early_rescaled: "ΔW at 10% of training has some 80% of the final accuracy at β = 1, less above 1.2; the KL falls",
+    paths: "OPD's path is nearly a line: most of its variance is in two components",
+}
 
 
 def main(args=None):
@@ -1003,14 +1032,16 @@ def main(args=None):
         study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
     except (ValueError, OSError) as error:
         stop(error)
-    questions = [norm_scaling, update_norms, utility, embeddings, spectrum, directions, low_rank, early_rescaled, paths]
+    questions = list(CLAIMS)
     if not study.base:                                        # weights alone; and one checkpoint is no path
         questions = [update_norms, embeddings, spectrum] + ([directions, paths] if len(study.runs[0].steps) > 1 else [])
     results = {"compared_steps": {pick: study.every(lambda run: run.steps[run.points.index(point[run])])
-                                  for pick, point in study.picks.items()}, "base": study.base}
+                                  for pick, point in study.picks.items()}, "base": study.base,
+               "measured": study.every(lambda run: {" ".join(map(str, what)): both
+                                                    for what, both in run.measured.items()})}
     for question in questions:
         results[question.__name__], here = question(study)
-        print(f"\n{question.__name__}\n  paper says: {PAPER[question.__name__]}\n  these runs: {here}")
+        print(f"\n{question.__name__}\n  paper says: {CLAIMS[question]}\n  these runs: {here}")
     write_json(out_dir / "analysis.json", results)
     print(f"\nFigures and analysis.json are in {out_dir}")
 

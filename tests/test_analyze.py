@@ -219,7 +219,7 @@ def test_gram_norms_and_svd_are_those_of_the_update(pair):
     assert set(weights.svd) == {n for n, p in base.items() if p.ndim == 2 and "layers" in n} and len(weights.svd) == 14
     for name, (_, (U, sigma, Vh)) in weights.svd.items():
         torch.testing.assert_close(U * sigma @ Vh, later[1][name] - base[name], atol=1e-6, rtol=0)
-    shares = analyze.norm_shares(weights, 1)
+    shares = weights.norm_shares(1)
     assert sum(shares.values()) == pytest.approx(1) and shares[1, "norm"] > 0 and len(shares) == 2 * 8 + 2
     squares = {n: (later[1][n] - base[n]).square().sum().item() for n in base}
     expected = squares["model.layers.1.mlp.up_proj.weight"] / sum(squares.values())
@@ -227,8 +227,8 @@ def test_gram_norms_and_svd_are_those_of_the_update(pair):
     e, f = base["model.embed_tokens.weight"], later[1]["model.embed_tokens.weight"]
     expected = np.mean([float(x @ y / (x.norm() * y.norm())) for x, y in zip(e, f)])
     assert weights.embedding_cosine[1] == pytest.approx(expected, abs=1e-5)
-    assert analyze.alignment(weights, 1, 1) == pytest.approx(np.ones(20), abs=1e-5)    # a checkpoint with itself
-    assert (analyze.alignment(weights, 0, 1)[:3] < 0.99).all()
+    assert weights.alignment(1, 1) == pytest.approx(np.ones(20), abs=1e-5)    # a checkpoint with itself
+    assert (weights.alignment(0, 1)[:3] < 0.99).all()
 
 
 def test_rows_in_blocks_shards_and_stored_heads_change_nothing(pair, tmp_path, monkeypatch):
@@ -437,8 +437,8 @@ def test_the_legend_covers_no_panel_and_bars_labels_do_not_touch(study, tmp_path
     figure, axes = analyze.canvas("title", *[("panel", "x", "y")] * 3)
     stats = study.each(lambda run: 0.55)
     for axis in axes:
-        analyze.bars(axis, study, stats, offset=-0.2, width=0.4)
-        analyze.bars(axis, study, stats, offset=0.2, width=0.4, alpha=0.4)
+        analyze.bars(axis, stats, offset=-0.2, width=0.4)
+        analyze.bars(axis, stats, offset=0.2, width=0.4, alpha=0.4)
     analyze.draw(axes[0], study, lambda run: ([0, 1], [0, 1]), named=True)
     axes[1].axhline(0.5, label="null")
     axes[2].axhline(0.5, label="null")
