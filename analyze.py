@@ -26,6 +26,7 @@ import argparse
 import filecmp
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -33,6 +34,8 @@ from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")              # before torch is imported: see train.py
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -284,7 +287,8 @@ def update_norms(study):
     embedding = study.compared(lambda i: 100 * weights.norm_shares(i)[None, "embedding"])
     sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
     null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in MLP) / sum(sizes.values())
-    return (dict(mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding),
+    share = study.every(lambda run: {f"{layer} {module}": v for (layer, module), v in shares[run].items()})
+    return (dict(mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding, share=share),
             f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
             f"{say(embedding['end'], '{:.1f}')}")
 
@@ -401,9 +405,9 @@ def directions(study):
         axis.set_xscale("log", base=2)
     save(figure, study.out_dir / "6_alignment.png")
     aligned, to_end, to_rest = (study.each(lambda run: float(np.mean(of[run][run.early]))) for of in (by_k, end, rest))
-    runs = study.every(lambda run: dict(steps=run.steps, alignment=by_k[run].mean(1).tolist(),
+    runs = study.every(lambda run: dict(steps=run.steps, alignment_by_k=by_k[run].tolist(),
                                         cosine_to_the_end=end[run], cosine_to_the_rest=rest[run]))
-    null = dict(steps=longest.steps, alignment=walk.mean(1).tolist(), cosine_to_the_end=walk_end.tolist())
+    null = dict(steps=longest.steps, alignment_by_k=walk.tolist(), cosine_to_the_end=walk_end.tolist())
     return (dict(alignment=aligned, cosine_to_the_end=to_end, cosine_to_the_rest=to_rest, random_walk=null, runs=runs),
             f"near 10% of training (step {longest.steps[early]}): alignment {say(aligned)} (random walk "
             f"{walk[early].mean():.2f}); cosine to the end {say(to_end)} (random walk {walk_end[early]:.2f}), to what "
@@ -491,7 +495,8 @@ def paths(study):
     bars(axes[1], explained, "{:.0f}", width=0.8)
     axes[1].axhline(null, color="black", linestyle=":", label="random walk")
     save(figure, study.out_dir / "9_paths.png")
-    return (dict(explained_percent=explained, random_walk_percent=null),
+    return (dict(explained_percent=explained, random_walk_percent=null,
+                 coordinates=study.every(lambda run: coordinates[on[run], :2].tolist())),
             f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
 
 

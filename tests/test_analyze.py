@@ -633,7 +633,7 @@ def test_everything_from_four_runs(runs, monkeypatch, capsys):
     moved = sum((w - base[n]).square().sum().item() for n, w in final.items()) ** 0.5
     assert norms["SFT"]["mean"] == pytest.approx(moved, rel=1e-5)
     aligned = results["directions"]["runs"][sft.as_posix()]
-    assert aligned["steps"] == [1, 2, 4, 5] and aligned["alignment"][-1] == pytest.approx(1, abs=1e-4)
+    assert aligned["steps"] == [1, 2, 4, 5] and aligned["alignment_by_k"][-1] == pytest.approx([1] * 20, abs=1e-4)
     ranks = {n: spectral_metrics(final[n] - base[n])["effective_rank"] for n in base if "proj" in n}
     reported = results["spectrum"]["effective_rank"]
     assert reported["mean"]["end"]["SFT"]["mean"] == pytest.approx(np.mean(list(ranks.values())), rel=1e-4)
