@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from model import GPT, GPTConfig, times_packed
+from model import GPT, GPTConfig, config_to_hf, packed, times_packed
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32)
@@ -83,11 +83,11 @@ def test_packed_matrices_sample_the_same_and_are_gone_afterwards(family, monkeyp
     monkeypatch.setattr("model.PACK", 0)
     calls = []
     monkeypatch.setattr("model.times_packed", lambda *args: calls.append(1) or times_packed(*args))
-    packed = model.generate(PROMPTS, 20, generator=torch.Generator().manual_seed(0), eos_token_id=4)
-    assert torch.equal(plain.tokens, packed.tokens) and len(calls) > 20
-    torch.testing.assert_close(plain.log_probs, packed.log_probs)
+    fast = model.generate(PROMPTS, 20, generator=torch.Generator().manual_seed(0), eos_token_id=4)
+    assert torch.equal(plain.tokens, fast.tokens) and len(calls) > 20
+    torch.testing.assert_close(plain.log_probs, fast.log_probs)
     assert all("forward" not in vars(module) for module in model.modules())
-    with pytest.raises(ZeroDivisionError), model.packed(3):
+    with pytest.raises(ZeroDivisionError), packed(model, 3):
         assert "forward" in vars(model.lm_head)
         1 / 0
     assert "forward" not in vars(model.lm_head)
@@ -114,7 +114,7 @@ def test_a_real_checkpoint_is_the_same_in_transformers():
 
 def test_what_came_with_a_checkpoint_is_saved_with_it(tmp_path):
     source, saved = tmp_path / "theirs", tmp_path / "ours"
-    theirs = AutoModelForCausalLM.from_config(tiny().config.to_hf(), dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_config(config_to_hf(tiny().config), dtype=torch.bfloat16)
     theirs.config.update(dict(bos_token_id=1, pad_token_id=3, eos_token_id=[2, 4]))
     theirs.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=[2, 4], pad_token_id=3)
     theirs.save_pretrained(source)
@@ -166,7 +166,7 @@ def test_missing_files_are_named(tmp_path):
         GPT.from_pretrained(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="no config.json"):
         GPT.from_pretrained(tmp_path)
-    tiny().config.to_hf().save_pretrained(tmp_path)
+    config_to_hf(tiny().config).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model.safetensors"):
         GPT.from_pretrained(tmp_path)
 
