@@ -19,13 +19,15 @@ without slips. OPD teaches the student, on its own answers, not to slip. Graded 
 With --data the problems come from a file, and student and teacher are Hugging Face checkpoints.
 
 The story comes first: settings, task, base and teacher, rollouts and scores, the loop, the race. The appendix below it
-has what you look up: command line, checkpoints and problems of your own, resuming, files, the sweep.
+has what you look up: the other settings, checkpoints and problems of your own, resuming, files, the sweep.
 
 Departures from arXiv:2605.11739, beside those of effopd.py:
   - a 0.3 M parameter student on arithmetic instead of 1.5-14 B on mathematics; all settings scaled to it.
   - the full-vocabulary reverse KL is the default loss (--loss sampled is the paper's); same gradient on average.
   - no weight decay; gradients clipped to norm 1.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
@@ -69,79 +71,11 @@ from model import GPT, GPTConfig
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Settings. A field here is an option of the command line; the groups are those of --help.
+# Settings: what the loop and the search read. A field is an option of the command line. `config` in what follows is all
+# of them in one; the others (run, models, data, sweep) are in the appendix.
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Run:
-    _argument_group_name = "the run"
-    method: Literal["race", "opd", "effopd", "rl", "sft"] = setting(
-        "race", "opd, effopd, rl (GRPO, rewarded for right answers) and sft (cross-entropy on the teacher's answers) "
-        "are single runs; race: OPD, then EffOPD as in the paper (accuracy on 50 problems, 2k, 5 candidates), then "
-        "EffOPD by batch KL (doubling, 8 candidates)")
-    preset: Literal["laptop", "gpu"] = setting(
-        "laptop", "sets the defaults below; gpu: a 25 M student on two-digit chains of 8 operations")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a CUDA GPU where there is one")
-    seed: int = setting(0, "of training problems, rollouts and D_v; base, teacher and evaluation do not depend on it")
-    out_dir: str = setting("", "the run's directory, must be new; empty: the first free one of runs/METHOD, "
-                           "runs/METHOD-2, ...")
-    resume: str = setting("", "the directory of a run that stopped: goes on from there, with the settings that it has")
-    save_every: int = setting(50, "steps between states to resume from; also saved at 1, 2, 4, 8, ... and at the end")
-    keep_last: int = setting(0, "keep only so many checkpoints beside the first and the final one (0: all)")
-    skip_nonfinite: bool = setting(False, "go on after a step whose loss or gradient is not finite, without taking it")
-    cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
-
-
-@dataclass
-class Models:
-    _argument_group_name = "the task and the two models"
-    gap: Literal["slip", "skill", "habit"] = setting(
-        "slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the "
-        "teacher's own training (changes the defaults of base_steps and teacher_steps); habit: it errs, and the "
-        "teacher writes sums and products the other way round")
-    num_ops: int = setting(5, "operations in a chain")
-    digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
-    slip: float = setting(0.2, "gap slip: probability that a step of the base's training data is wrong")
-    hidden_size: int = setting(96, "width of the model")
-    num_hidden_layers: int = setting(3, "layers of the model")
-    num_attention_heads: int = setting(4, "attention heads of the model")
-    intermediate_size: int = setting(256, "width of the model's MLP")
-    base_steps: int = setting(1000, "supervised steps that make the base")
-    base_lr: float = setting(3e-3, "peak learning rate of the base's training (gap skill: of the teacher's too)")
-    base_batch_size: int = setting(64, "worked examples a step of the base's and the teacher's training")
-    teacher_steps: int = setting(150, "further supervised steps, without slips, that make the teacher of the base")
-    teacher_lr: float = setting(1e-3, "gap slip: peak learning rate of the teacher's training")
-
-
-@dataclass
-class Real:
-    _argument_group_name = "models and data of your own"
-    student: str = setting("", "a Hugging Face checkpoint (Llama, Qwen2, Qwen3): a directory, or with --data a "
-                           "repository id too; empty: the built-in base")
-    teacher: str = setting("", "likewise; empty: the built-in one (--method sft with --data: none, the student is "
-                           "trained on the file's own answers)")
-    data: str = setting("", "problems, a JSON object a line; empty: the built-in task")
-    prompt_field: str = setting("question", "field of the problem's text (MATH: problem)")
-    answer_field: str = setting("answer", "field of the answer: a number, LaTeX, or a solution ending in #### 72 or "
-                                "with a \\boxed{72}")
-    system: str = setting("", "system message of the chat; empty: none")
-    no_chat_template: bool = setting(False, "the problem's text is the prompt, without the tokenizer's chat template")
-    thinking: bool = setting(False, "let templates that know of thinking (Qwen3) open with it")
-    max_new_tokens: int = setting(384, "tokens of an answer at most")
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
-        "auto", "mixed: bfloat16 arithmetic, the student's weights and optimiser in float32; bfloat16: the student's "
-        "weights too, so small updates round away for good; the teacher is bfloat16 in both. auto: mixed for --data on "
-        "a GPU, else float32")
-    compile: bool = setting(False, "decode through torch.compile, with static shapes (CUDA graphs on a GPU); the first "
-                            "rollout takes minutes")
-    micro_batch_size: int = setting(0, "rows of a training step's forward and backward pass at once; same gradient "
-                                    "(0: all)")
-    rollout_batch_size: int = setting(500, "answers sampled at once")
-    gradient_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
-    offload: bool = setting(False, "keep EffOPD's copies of the weights on the CPU")
 
 
 @dataclass
@@ -182,26 +116,6 @@ class Search:
     reset_moments: bool = setting(False, "forget Adam's moments of the moved weights after a jump")
     utility_gate: bool = setting(False, "leave out of a jump the matrices whose first-order utility is not positive")
     alignment_gate: float = setting(-1.0, "no search where cos(Δ, the last search's Δ) is below this (-1: off)")
-
-
-@dataclass
-class Sweep:
-    _argument_group_name = "a grid of runs"
-    sweep: str = setting(
-        "", "settings and their values: \"lr=1e-5,1e-4 method=opd,effopd seed=0:5\" is 2 x 2 x 5 runs; a:b counts from "
-        "a to b - 1; a value may bring others along, as in effopd+score=batch_kl. Goes on where it was stopped. Its "
-        "out_dir, empty: runs/sweep")
-    target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
-                            "seed by seed; .8 if it has none)")
-    jobs: int = setting(0, "runs at a time (0: two, or one on a single core or a GPU)")
-
-
-@dataclass
-class Config(Sweep, Search, Distillation, Real, Models, Run):
-    """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
-
-    def __post_init__(self):
-        check(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -772,7 +686,96 @@ def draw_race(summary, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The command line.
+# The command line, and the other settings.
+
+@dataclass
+class Run:
+    _argument_group_name = "the run"
+    method: Literal["race", "opd", "effopd", "rl", "sft"] = setting(
+        "race", "opd, effopd, rl (GRPO, rewarded for right answers) and sft (cross-entropy on the teacher's answers) "
+        "are single runs; race: OPD, then EffOPD as in the paper (accuracy on 50 problems, 2k, 5 candidates), then "
+        "EffOPD by batch KL (doubling, 8 candidates)")
+    preset: Literal["laptop", "gpu"] = setting(
+        "laptop", "sets the defaults below; gpu: a 25 M student on two-digit chains of 8 operations")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a CUDA GPU where there is one")
+    seed: int = setting(0, "of training problems, rollouts and D_v; base, teacher and evaluation do not depend on it")
+    out_dir: str = setting("", "the run's directory, must be new; empty: the first free one of runs/METHOD, "
+                           "runs/METHOD-2, ...")
+    resume: str = setting("", "the directory of a run that stopped: goes on from there, with the settings that it has")
+    save_every: int = setting(50, "steps between states to resume from; also saved at 1, 2, 4, 8, ... and at the end")
+    keep_last: int = setting(0, "keep only so many checkpoints beside the first and the final one (0: all)")
+    skip_nonfinite: bool = setting(False, "go on after a step whose loss or gradient is not finite, without taking it")
+    cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
+
+
+@dataclass
+class Models:
+    _argument_group_name = "the task and the two models"
+    gap: Literal["slip", "skill", "habit"] = setting(
+        "slip", "what the student lacks. slip: it knows the method but errs; skill: it is an early checkpoint of the "
+        "teacher's own training (changes the defaults of base_steps and teacher_steps); habit: it errs, and the "
+        "teacher writes sums and products the other way round")
+    num_ops: int = setting(5, "operations in a chain")
+    digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100, factors stay below 10)")
+    slip: float = setting(0.2, "gap slip: probability that a step of the base's training data is wrong")
+    hidden_size: int = setting(96, "width of the model")
+    num_hidden_layers: int = setting(3, "layers of the model")
+    num_attention_heads: int = setting(4, "attention heads of the model")
+    intermediate_size: int = setting(256, "width of the model's MLP")
+    base_steps: int = setting(1000, "supervised steps that make the base")
+    base_lr: float = setting(3e-3, "peak learning rate of the base's training (gap skill: of the teacher's too)")
+    base_batch_size: int = setting(64, "worked examples a step of the base's and the teacher's training")
+    teacher_steps: int = setting(150, "further supervised steps, without slips, that make the teacher of the base")
+    teacher_lr: float = setting(1e-3, "gap slip: peak learning rate of the teacher's training")
+
+
+@dataclass
+class Real:
+    _argument_group_name = "models and data of your own"
+    student: str = setting("", "a Hugging Face checkpoint (Llama, Qwen2, Qwen3): a directory, or with --data a "
+                           "repository id too; empty: the built-in base")
+    teacher: str = setting("", "likewise; empty: the built-in one (--method sft with --data: none, the student is "
+                           "trained on the file's own answers)")
+    data: str = setting("", "problems, a JSON object a line; empty: the built-in task")
+    prompt_field: str = setting("question", "field of the problem's text (MATH: problem)")
+    answer_field: str = setting("answer", "field of the answer: a number, LaTeX, or a solution ending in #### 72 or "
+                                "with a \\boxed{72}")
+    system: str = setting("", "system message of the chat; empty: none")
+    no_chat_template: bool = setting(False, "the problem's text is the prompt, without the tokenizer's chat template")
+    thinking: bool = setting(False, "let templates that know of thinking (Qwen3) open with it")
+    max_new_tokens: int = setting(384, "tokens of an answer at most")
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
+        "auto", "mixed: bfloat16 arithmetic, the student's weights and optimiser in float32; bfloat16: the student's "
+        "weights too, so small updates round away for good; the teacher is bfloat16 in both. auto: mixed for --data on "
+        "a GPU, else float32")
+    compile: bool = setting(False, "decode through torch.compile, with static shapes (CUDA graphs on a GPU); the first "
+                            "rollout takes minutes")
+    micro_batch_size: int = setting(0, "rows of a training step's forward and backward pass at once; same gradient "
+                                    "(0: all)")
+    rollout_batch_size: int = setting(500, "answers sampled at once")
+    gradient_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
+    offload: bool = setting(False, "keep EffOPD's copies of the weights on the CPU")
+
+
+@dataclass
+class Sweep:
+    _argument_group_name = "a grid of runs"
+    sweep: str = setting(
+        "", "settings and their values: \"lr=1e-5,1e-4 method=opd,effopd seed=0:5\" is 2 x 2 x 5 runs; a:b counts from "
+        "a to b - 1; a value may bring others along, as in effopd+score=batch_kl. Goes on where it was stopped. Its "
+        "out_dir, empty: runs/sweep")
+    target: float = setting(0.0, "accuracy that the sweep's costs are counted to (0: what the grid's OPD ends with, "
+                            "seed by seed; .8 if it has none)")
+    jobs: int = setting(0, "runs at a time (0: two, or one on a single core or a GPU)")
+
+
+@dataclass
+class Config(Sweep, Search, Distillation, Real, Models, Run):
+    """Everything a run depends on. ValueError, in one line, for a value that cannot work."""
+
+    def __post_init__(self):
+        check(self)
+
 
 PRESETS = {  # defaults by preset and gap
     ("laptop", "slip"): {},
