@@ -93,12 +93,12 @@ class Weights(NamedTuple):
         return {name: gaussian_sigma(self.shape[name]) for name in self.svd}
 
     def spectra(self, i) -> dict:
-        """5: METRICS, mean over ΔW_i's matrices and over Gaussian ones of the same norms."""
+        """5: METRICS, mean and standard deviation over ΔW_i's matrices, mean over Gaussian ones of the same norms."""
         of, null = self.sigmas(i), self.gaussians()
-        rows = {"mean": [spectral_metrics(sigma) for sigma in of.values()],
-                "gaussian": [spectral_metrics(null[name] * sigma.norm()) for name, sigma in of.items()]}
-        return {metric: {what: float(np.mean([row[metric] for row in of])) for what, of in rows.items()}
-                for metric in METRICS}
+        rows = [spectral_metrics(sigma) for sigma in of.values()]
+        gaussian = [spectral_metrics(null[name] * sigma.norm()) for name, sigma in of.items()]
+        return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
+                    "gaussian": float(np.mean([row[m] for row in gaussian]))} for m in METRICS}
 
     def alignment(self, i, j):
         """6: ‖U_k(i)ᵀ U_k(j)‖_F² / k at k = 1..20, mean over matrices and over left and right vectors: (20,)."""
@@ -354,7 +354,7 @@ def spectrum(study):
     weights, gaussian, grid = study.weights, study.weights.gaussians(), np.linspace(0, 1, 101)
     rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
     rows = {i: weights.spectra(i) for point in study.picks.values() for i in point.values()}
-    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "gaussian")}
+    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "sd", "gaussian")}
              for metric in METRICS}
 
     def level(of):                                            # mean over matrices of any rank: (101,)
