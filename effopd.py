@@ -53,12 +53,13 @@ log = logging.getLogger(__name__)
 # Losses. Logits (B, T, V) in any floating dtype, computed on in float32; mask (B, T) is 1 where a token counts.
 # Position t of the logits is the one that predicts token t: shift before you call. The student's side carries the
 # gradient, the teacher's never does. The sum over tokens is divided by num_tokens (default: the mask's), so
-# micro-batches that are all given the whole batch's count add up to the whole batch's gradient.
+# micro-batches that are all given the whole batch's count add up to the whole batch's gradient. Where all N tokens
+# count, logits (N, V) without a mask do as well.
 
-def reverse_kl(student_logits, teacher_logits, mask, num_tokens=None):
+def reverse_kl(student_logits, teacher_logits, mask=None, num_tokens=None):
     """Mean over tokens of KL(π || π*) = Σ_v π(v) [log π(v) - log π*(v)], in nats: a scalar.
 
-    The objective of discount 0 over the full vocabulary; the paper trains with its sampled form, below.
+    The paper trains with its sampled form, below.
     """
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.detach().float(), dim=-1)
@@ -70,12 +71,12 @@ def reverse_kl_sampled(student_logits, teacher_logits, tokens, mask, discount=0.
     """Policy-gradient form on the sampled tokens (B, T): its gradient estimates the reverse KL's, its value does not.
 
     discount 0: (log π(y_t) - log π*(y_t)) ∇ log π(y_t), what arXiv:2605.11739 trains with; its expectation is the
-    gradient of `reverse_kl`. discount 1: the coefficient is the sum over t' >= t, the exact gradient of the KL
-    between whole sequences. The coefficient is a constant: differentiating it too would change the objective.
+    gradient of `reverse_kl`. discount 1: the coefficient is the sum over t' >= t, whose expectation is the gradient of
+    the KL between whole sequences. The coefficient is a constant: differentiating it too would change the objective.
     """
     log_p = token_log_probs(student_logits, tokens)                              # (B, T)
     log_q = token_log_probs(teacher_logits.detach(), tokens)
-    coefficient = (log_p.detach() - log_q) * mask                                # log π(y_t) - log π*(y_t)
+    coefficient = (log_p.detach() - log_q) * mask
     for t in reversed(range(coefficient.shape[1] - 1) if discount else ()):
         coefficient[:, t] += discount * coefficient[:, t + 1]                    # return-to-go
     return masked_mean(coefficient * log_p, mask, num_tokens)
@@ -101,12 +102,13 @@ def reverse_kl_top_k(student_logits, teacher_logits, mask, k, num_tokens=None):
 
 
 def token_log_probs(logits, tokens):
-    """log π(y_t) of the tokens (B, T): (B, T) float32."""
+    """log π(y_t) of tokens (B, T) or (N,), in float32."""
     return F.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def masked_mean(values, mask, num_tokens=None):
+def masked_mean(values, mask=None, num_tokens=None):
     """Σ of values where mask is set, over num_tokens."""
+    mask = torch.ones_like(values) if mask is None else mask
     num_tokens = mask.sum() if num_tokens is None else num_tokens
     return (values * mask).sum() / max(num_tokens, 1)
 
@@ -144,12 +146,12 @@ class EffOPD:
     optimizer: its state for the moved weights is dropped after a jump (None: kept).
     utility_gate: a jump leaves out the matrices whose utility (see `module_utility`) is not positive.
     alignment_gate: no search where cos(Δ, the last search's Δ) is below this (None: always search).
-    seed: of those random states.
-    offload: the copies are in the CPU's memory, and the device holds, for a moment, at most three tensors as large as
-        the largest parameter (in float32). The weights that come out are the same bit for bit.
+    seed: of the candidates' random states.
+    offload: the copies are in the CPU's memory; on its device are never more than three tensors as large as the largest
+        parameter. Same weights bit for bit.
 
-    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search. FSDP2 (fully_shard): each
-    rank holds copies of its own shards, nothing is gathered. DDP: copies on every rank.
+    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search (five in another direction).
+    Under FSDP2 (fully_shard) each rank copies its own shards.
     If `validate` raises, W_t is back in the model, and calling `step(t)` again makes the same search.
     ValueError for a wrong option, for a model that has nothing in scope, for FSDP1, for offload with FSDP2, and from
     `step` if utility_gate finds no gradients.
@@ -158,17 +160,7 @@ class EffOPD:
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5, scope="attention+mlp",
                  direction="update", first_trigger=1, every=0, optimizer=None, utility_gate=False, alignment_gate=None,
                  seed=0, offload=False):
-        for name, value, allowed in [("accept", accept, ("gt", "ge", "always")), ("scope", scope, (*SCOPES, "all")),
-                                     ("candidates", candidates, ("linear", "doubling", "line")),
-                                     ("direction", direction, ("update", "random", "top", "tail"))]:
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name, value, least in [("num_candidates", num_candidates, 1), ("first_trigger", first_trigger, 1),
-                                   ("every", every, 0)]:
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            raise ValueError("FSDP1 flattens the parameters: use FSDP2 (fully_shard; in accelerate, fsdp_version: 2)")
+        check_options(model, accept, candidates, num_candidates, scope, direction, first_trigger, every)
         self.model, self.validate, self.optimizer = model, validate, optimizer
         self.seed, self.offload, self.direction = seed, offload, direction
         self.improves = {"gt": float.__gt__, "ge": float.__ge__, "always": lambda new, old: True}[accept]
@@ -176,7 +168,7 @@ class EffOPD:
         self.backwards = [2.0 ** -k - 1 for k in range(1, num_candidates + 1)] if candidates == "line" else []
         self.first_trigger, self.every = first_trigger, every
         self.utility_gate, self.alignment_gate = utility_gate, alignment_gate
-        reshard(model)
+        reshard(model)                                        # FSDP2's affair; else nothing
         # named_parameters lists a tied matrix once, so it moves once.
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and (
             scope == "all" or p.ndim >= 2 and any(part in name.lower() for part in SCOPES[scope]))}
@@ -186,27 +178,21 @@ class EffOPD:
             raise ValueError("offload=True is not for sharded parameters (FSDP2): their copies are sharded already")
         self.previous = self.copy_weights()                   # W_prev
         self.delta = None                                     # Δ of the last search
-        self.history = []                                     # the record of every search
+        self.history = []                                     # of records
 
     def copy_weights(self):
         return [p.detach().to("cpu" if self.offload else p.device, copy=True) for p in self.parameters.values()]
 
     def is_trigger(self, t: int) -> bool:
         """Whether a search follows optimiser step t (counted from 1)."""
-        doublings, rest = divmod(t, self.first_trigger)
-        return (rest == 0 and doublings.bit_count() == 1) or bool(self.every and t > 0 and t % self.every == 0)
-
-    def plan(self) -> tuple[list, list]:
-        """Multiples of Δ to try next, in order, and those that take the others' place if the first of them fails."""
-        if not self.backwards:
-            return self.multiples, []
-        start = max(2, self.history[-1]["multiple"] / 2 if self.history else 0)
-        smaller = [m for m in self.multiples[::-1] if m < start]
-        return [m for m in self.multiples if m >= start], smaller + self.backwards
+        quotient, rest = divmod(t, self.first_trigger)        # a power of two has one bit
+        return (rest == 0 and quotient.bit_count() == 1) or bool(self.every and t > 0 and t % self.every == 0)
 
     @torch.no_grad()
     def step(self, t: int) -> dict | None:
         """Call after optimiser step t. Searches if t is a trigger and returns the search's record, else None.
+
+        Where the alignment gate is closed nothing is scored, and W_prev becomes W_t all the same.
 
         The record: step; multiples and scores tried, W_t (multiple 0) first, None for a score that is not finite;
         accepted, the number of candidates accepted; multiple, the one kept (weights are now W_t + multiple * Δ);
@@ -227,7 +213,7 @@ class EffOPD:
         move_to = functools.partial(self.place, current, delta, moved)
         try:
             found = self.search(move_to, seed, alignment)
-        except BaseException:                                 # whatever happened in validate, W_t survives it
+        except BaseException:                                 # of validate
             move_to(0)
             raise
         move_to(found["multiple"])
@@ -238,12 +224,12 @@ class EffOPD:
                   "seconds": time.perf_counter() - start, "alignment": alignment, "utility": utility}
         for w, p in zip(current, self.parameters.values()):
             w.copy_(p)                                        # from here on current holds what was kept
-        self.previous, self.delta = current, delta            # W_prev: after the jump
+        self.previous, self.delta = current, delta
         self.history.append(record)
         return record
 
     def useful(self, delta) -> tuple[dict, list]:
-        """Utility of each parameter in scope by name, {} without gradients, and whether each of them moves."""
+        """Utility of each parameter in scope by name, from the gradients of the step just taken, and who moves."""
         utility = module_utility({name: p.grad for name, p in self.parameters.items()},
                                  dict(zip(self.parameters, delta)))
         if self.utility_gate and not utility:
@@ -255,6 +241,14 @@ class EffOPD:
         reshard(self.model)
         for p, now, d, moves in zip(self.parameters.values(), current, delta, moved):
             p.copy_(now.to(p.device) + float(multiple) * d.to(p.device) if multiple and moves else now)
+
+    def plan(self) -> tuple[list, list]:
+        """Multiples of Δ to try next, in order, and ("line") those that take their place if the first of them fails."""
+        if not self.backwards:
+            return self.multiples, []
+        start = max(2, self.history[-1]["multiple"] / 2 if self.history else 0)
+        smaller = [m for m in self.multiples[::-1] if m < start]
+        return [m for m in self.multiples if m >= start], smaller + self.backwards
 
     def search(self, move_to, seed, alignment) -> dict:
         """Score W_t, then candidates in order, until one is no better than the last kept: that part of the record."""
@@ -272,7 +266,7 @@ class EffOPD:
                 break
             if k == 0 or self.improves(score, best):
                 kept, best, accepted = multiple, score, accepted + (k > 0)
-            elif k == 1 and otherwise:                        # go the other way; a second failure ends it
+            elif k == 1 and otherwise:                        # the first failed: the other way, until one fails
                 queue[2:] = otherwise
             else:
                 stopped = "score no better"
@@ -352,8 +346,8 @@ def subspace_alignment(delta_a, delta_b, k, side="left") -> float:
     """Mean squared cosine of the principal angles between two matrices' top-k singular subspaces: 0 to 1.
 
     k: a number of directions, or several, whose results are averaged (the paper: range(1, 21)); more than min(m, n)
-    counts as min(m, n). side: "left" compares U (output directions), "right" V (input directions). Between random
-    m-dimensional subspaces it is k / m, not 0. ValueError for a zero matrix, other shapes or another side.
+    counts as min(m, n). side: "left" compares U (output directions), "right" V (input directions). Random subspaces of
+    R^m have k / m (right: k / n), not 0. ValueError for a zero matrix, other shapes or another side.
     """
     if side not in ("left", "right") or delta_a.ndim != 2 or delta_a.shape != delta_b.shape:
         raise ValueError(f"side must be left or right, shapes equal: got {side!r}, {tuple(delta_a.shape)} and "
@@ -374,34 +368,17 @@ def basis_alignment(basis_a, basis_b, k) -> float:
     return sum(squared[:i, :i].sum().item() / i for i in ks) / len(ks)           # ||U_k(a)ᵀ U_k(b)||_F² / k
 
 
-def module_of(name: str) -> tuple[int | None, str]:
-    """Layer and kind of a Hugging Face parameter name: "model.layers.3.mlp.up_proj.weight" -> (3, "up").
-
-    Kinds: q, k, v, o, gate, up, down, embedding, head, norm, bias; for any other, the name's last part. The layer is
-    None outside the blocks.
-    """
-    layer = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
-    owner, _, kind = name.rpartition(".")
-    last = owner.rpartition(".")[2] if kind in ("weight", "bias") else kind
-    if kind == "bias":
-        module = "bias"
-    elif "norm" in last:
-        module = "norm"
-    else:
-        module = {"embed_tokens": "embedding", "lm_head": "head"}.get(last, last.removesuffix("_proj"))
-    return (int(layer[1]) if layer else None), module
-
-
 # ================================================================================================================
 # Appendix. The story ends here; what follows is to look things up in.
 # ================================================================================================================
 
-def policy_gradient(logits, tokens, advantages, mask, num_tokens=None):
-    """Reinforcement learning's loss, mean over tokens of -A(y) log π(y_t): logits (B, T, V), tokens (B, T), A (B,).
+def policy_gradient(logits, tokens, advantages, mask=None, num_tokens=None):
+    """Reinforcement learning's loss, mean over tokens of -A log π(y_t): tokens (B, T), A (B,); or (N,) and (N,).
 
     With one update a rollout the ratio π/π_old is 1, so there is nothing to clip; no KL term either.
     """
-    return masked_mean(-advantages[:, None] * token_log_probs(logits, tokens), mask, num_tokens)
+    advantages = advantages[:, None] if tokens.ndim == 2 else advantages
+    return masked_mean(-advantages * token_log_probs(logits, tokens), mask, num_tokens)
 
 
 def group_advantages(rewards, group_size, eps=1e-6):
@@ -466,6 +443,21 @@ class Chunks(torch.autograd.Function):
         return None, None, d_hidden, d_head, *[None] * ctx.per_token
 
 
+def check_options(model, accept, candidates, num_candidates, scope, direction, first_trigger, every):
+    """ValueError for a wrong option of EffOPD."""
+    for name, value, allowed in [("accept", accept, ("gt", "ge", "always")), ("scope", scope, (*SCOPES, "all")),
+                                 ("candidates", candidates, ("linear", "doubling", "line")),
+                                 ("direction", direction, ("update", "random", "top", "tail"))]:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    for name, value, least in [("num_candidates", num_candidates, 1), ("first_trigger", first_trigger, 1),
+                               ("every", every, 0)]:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("FSDP1 flattens the parameters: use FSDP2 (fully_shard; in accelerate, fsdp_version: 2)")
+
+
 def redirect(delta, direction: str):
     """Another direction of the same Frobenius norm, for a matrix Δ = U Σ Vᵀ: what a search along Δ is compared with.
 
@@ -483,6 +475,24 @@ def redirect(delta, direction: str):
     else:
         return delta
     return other * (delta.norm() / other.norm()) if other.any() else delta
+
+
+def module_of(name: str) -> tuple[int | None, str]:
+    """Layer and kind of a Hugging Face parameter name: "model.layers.3.mlp.up_proj.weight" -> (3, "up").
+
+    Kinds: q, k, v, o, gate, up, down, embedding, head, norm, bias; for any other, the name's last part. The layer is
+    None outside the blocks.
+    """
+    layer = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
+    owner, _, kind = name.rpartition(".")
+    last = owner.rpartition(".")[2] if kind in ("weight", "bias") else kind
+    if kind == "bias":
+        module = "bias"
+    elif "norm" in last:
+        module = "norm"
+    else:
+        module = {"embed_tokens": "embedding", "lm_head": "head"}.get(last, last.removesuffix("_proj"))
+    return (int(layer[1]) if layer else None), module
 
 
 def singular_values(delta):

@@ -1,6 +1,6 @@
 """A compact GPT: forward, KV-cached sampling, load and save in Hugging Face format.
 
-One decoder-only transformer covers three families, because they differ in two switches only:
+One decoder-only transformer covers three families, since they differ in so little:
 
     Llama (SmolLM2, Llama 3 with its rope scaling)    no attention bias, no q/k norm
     Qwen2, Qwen2.5                                    bias on the q, k and v projections
@@ -14,7 +14,7 @@ loads without a mapping, and what is saved here loads in transformers and in wha
     rollout = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32, eos_token_id=2)
 
 In the shapes below: B rows, T positions, C hidden size, H query heads, G key/value heads,
-D head size, N positions attended to, V vocabulary, R response length.
+D head size, N positions attended to, V vocabulary, P longest prompt, R longest response.
 
 The appendix has Hugging Face's files and configs, and faster decoding: packed matrices on a CPU, torch.compile.
 """
@@ -137,6 +137,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + f(norm(x)), with attention and then the MLP as f."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -161,7 +163,7 @@ class Transformer(nn.Module):
         self.frequencies = rope_frequencies(config)
 
     def rotations(self, positions, dtype):
-        """cos and sin, (..., D) each, for positions (...); the first half of sin is negated, as rotate wants it."""
+        """cos and sin, (..., D) each, for positions (...), as `rotate` wants them."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None] * self.frequencies                    # (..., D/2)
@@ -173,7 +175,7 @@ class Transformer(nn.Module):
 
         caches: a pair of tensors (B, G, N, D) for each layer, whose columns (T,) get this call's keys and values.
         """
-        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]             # (B, T, C), (B, 1, T, D)
+        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]           # (B, T, C), (B or 1, 1, T, D)
         for i, layer in enumerate(self.layers):
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
@@ -192,8 +194,9 @@ class Rollout(NamedTuple):
 def sample(log_p, rows, B: int, generator=None):
     """A token for each of b rows from log-probabilities (b, V), as argmax(p / noise) with Exponential(1) noise.
 
-    The noise is drawn for all B rows of the batch, whichever of them (rows, (b,) int64) still need it: nearly equal
-    models then give nearly equal samples, the common random numbers that make a search's candidates comparable.
+    That is the Gumbel-max trick. The noise is drawn for all B rows of the batch, whichever of them (rows, (b,) int64)
+    still need it: nearly equal models then give nearly equal samples, the common random numbers that make a search's
+    candidates comparable.
     """
     noise = log_p.new_empty(B, log_p.shape[-1]).exponential_(generator=generator).log_()
     return (log_p - (noise if len(rows) == B else noise[rows])).argmax(-1)                 # (b,)
@@ -209,11 +212,14 @@ def visible(real, queries):
 
 
 class KVCache:
-    """Keys and values so far of b rows, padded on the left: every row's next token is in the same column."""
+    """Keys and values so far of b rows, padded on the left: every row's next token is in the same column.
+
+    padding (b, 1): columns before each row's prompt.
+    """
 
     def __init__(self, model, padding, width: int, compile):
-        self.model, self.padding, self.length = model.model, padding, 0                    # padding (b, 1)
-        width = -(-width // 64) * 64 if compile else width    # few widths, few compilations
+        self.model, self.padding, self.length = model.model, padding, 0
+        width = -(-width // 64) * 64 if compile else width    # multiples of 64: few widths, few compilations
         self.columns = torch.arange(width, device=model.device)
         self.cos, self.sin = self.model.rotations(self.columns, model.dtype)               # (width, D)
         shape = (len(padding), model.config.num_key_value_heads, width, model.config.head_dim)
@@ -225,7 +231,7 @@ class KVCache:
         self.masked = compile or bool(padding.any())
 
     def extend(self, ids):
-        """Hidden states (b, T, C) of the next T columns, whose tokens are ids (b, T)."""
+        """Hidden states (b, T, C) of the next T columns, of tokens ids (b, T): first the prompts, then one a call."""
         start, n = self.length, self.length + ids.shape[1]
         static = self.compiled is not None and start > 0      # sees all columns, so that no shape ever changes
         own, seen, self.length = self.columns[start:n], self.columns if static else self.columns[:n], n
@@ -301,9 +307,7 @@ class GPT(nn.Module):
         temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
         generator: a torch.Generator on the model's device; None draws from the global random state.
         eos_token_id: an id, several, or None for "never ends".
-        compile: True decodes through torch.compile with static shapes (on a GPU, CUDA graphs); a string names another
-            backend. Costs a compilation at the first call, and again where B or the length grows, and keeps its cache
-            of keys and values. Same samples. Tested on a CPU, where it does not pay; no GPU has run it yet.
+        compile: True, or a backend's name, decodes through torch.compile (see `compiled`). Same samples.
         Stops when every row has ended. ValueError for an empty prompt, for one that does not fit the context, and for
         a negative temperature.
         """
@@ -316,7 +320,7 @@ class GPT(nn.Module):
         log_probs = torch.zeros(B, max_new_tokens, device=device)
         eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
         rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-        with self.autocast(), packed(self, 0 if compile else B):                # once: autocast keeps the cast weights
+        with self.autocast(), packed(self, 0 if compile else B):                # lm_head is packed too, `head` is not
             for r in range(max_new_tokens):                   # b of the B rows are still in the batch
                 hidden = cache.extend(ids)[:, -1].to(self.dtype)                           # (b, C)
                 logits = self.lm_head(hidden)[:, :self.tokens_in_use].float()
@@ -510,7 +514,11 @@ def times_packed(weight, bias, x):
 
 
 def compiled(model: GPT, backend, shape):
-    """The transformer under torch.compile, and caches that stay where they are, as CUDA graphs need it."""
+    """The transformer under torch.compile, and caches that stay where they are, as CUDA graphs (on a GPU) need it.
+
+    Costs a compilation at the first call, and again where B or the length grows, and the model keeps the caches. Tested
+    on a CPU, where it does not pay; no GPU has run it yet.
+    """
     options = dict(mode="reduce-overhead") if backend is True else dict(backend=backend)
     old = model.static_caches and model.static_caches[0][0]
     if old is None or (old.shape, old.dtype, old.device) != (shape, model.dtype, model.device):

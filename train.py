@@ -16,15 +16,13 @@ The default task is built in: chains of arithmetic modulo 10, worked out step by
 
 The base student knows the method but slips on one step in five; the teacher is the same model, trained further
 without slips. OPD teaches the student, on its own answers, not to slip. Graded on what follows the #.
-With --data the problems come from a file, and student and teacher are Hugging Face checkpoints.
 
-The story comes first: settings, task, base and teacher, rollouts and scores, the loop, the race. The appendix below it
-has what you look up: the other settings, checkpoints and problems of your own, resuming, files, the sweep.
+The appendix has the other settings, checkpoints and problems of your own, resuming, files, the sweep.
 
 Departures from arXiv:2605.11739, beside those of effopd.py:
   - a 0.3 M parameter student on arithmetic instead of 1.5-14 B on mathematics; all settings scaled to it.
   - the full-vocabulary reverse KL is the default loss (--loss sampled is the paper's); same gradient on average.
-  - no weight decay; gradients clipped to norm 1.
+  - distillation has no weight decay; gradients are clipped to norm 1.
 """
 
 from __future__ import annotations
@@ -66,7 +64,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from effopd import EffOPD, chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_top_k, rows_at_once
+from effopd import (EffOPD, chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_top_k, rows_at_once,
+                    token_log_probs)
 from model import GPT, GPTConfig
 
 
@@ -80,7 +79,7 @@ def setting(default, help):
 
 @dataclass
 class Distillation:
-    _argument_group_name = "distillation"
+    _argument_group_name = "distillation"                    # in --help
     steps: int = setting(32, "optimiser steps")
     lr: float = setting(1e-4, "learning rate, constant")
     batch_size: int = setting(128, "rollouts a step, one a prompt (--method rl: group_size a prompt)")
@@ -133,7 +132,7 @@ class Chains:
         self.vocab_size = self.encoding.n_vocab
         self.rollout_batch_size, self.compile = rollout_batch_size, compile
         self.max_prompt = (num_ops + 1) * (digits + 1)
-        self.max_response = num_ops * (3 * digits + 3) + digits + 2           # a=b... steps, #answer, <end>
+        self.max_response = num_ops * (3 * digits + 3) + digits + 2           # steps 7+5=2; then #answer<end>
 
     def problem(self, rng: random.Random) -> str:
         text = str(rng.randrange(self.modulus))
@@ -152,7 +151,6 @@ class Chains:
         return found
 
     def batches(self, n: int, rng: random.Random, exclude):
-        """Training problems without end, n at a time."""
         while True:
             yield self.problems(n, rng, exclude)
 
@@ -230,6 +228,7 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
     model = GPT(GPTConfig(task.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
                           config.num_attention_heads, eos_token_id=task.end)).to(config.device)
     rng, exclude = random.Random("base and teacher"), set(evaluation_problems(config, task))
+    # gap, what the student lacks. slip: it errs; skill: it is early in training; habit: the teacher writes otherwise
     if config.gap in ("slip", "habit"):
         fit(model, task, config, config.base_steps, config.base_lr, config.slip, rng, exclude, "base")
         model.save_pretrained(directory / "base")
@@ -242,10 +241,10 @@ def make_base_and_teacher(config: Config, task: Chains, directory: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Rollouts, evaluation, and the scores that a search can go by.
+# Rollouts and evaluation.
 
 def answer(model, task, problems, generator=None) -> list[list[int]]:
-    """One sampled answer (T = 1) to each problem: token ids, the end token included."""
+    """One sampled answer (temperature 1) to each problem: token ids, the end token included."""
     answers = []
     for i in range(0, len(problems), task.rollout_batch_size):
         prompts = [task.encode(p) for p in problems[i:i + task.rollout_batch_size]]
@@ -269,24 +268,85 @@ def evaluation_problems(config, task) -> list[str]:
 
 
 def evaluate(model, task, problems, seed=0) -> tuple[float, list[list[int]]]:
-    """Accuracy of one sampled answer to each problem, and the answers. Random numbers: those of the seed, always the
-    same for one --rollout_batch_size (each chunk of so many problems is seeded with seed + the place of its first)."""
+    """Accuracy of one sampled answer to each problem, and the answers. Each rollout_batch_size of them has its seed."""
     generator, answers = torch.Generator(model.device), []
     for i in range(0, len(problems), task.rollout_batch_size):
         answers += answer(model, task, problems[i:i + task.rollout_batch_size], generator.manual_seed(seed + i))
     return accuracy(task, problems, answers), answers
 
 
-class Score:
-    """validate(model) for EffOPD, higher is better, and a count of the response tokens that it ran through the student.
+# ----------------------------------------------------------------------------------------------------------------
+# Losses, and the scores that a search can go by.
 
-    To add a score of your own, add a case to __call__ and its name to Search.score.
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """Micro-batches of so many rows (0: all in one), each as wide as its own longest row."""
+    parts = zip(batch.ids.split(rows or len(batch.ids)), batch.mask.split(rows or len(batch.ids)))
+    widths = [(ids, mask, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1) for ids, mask in parts]
+    return [Batch(ids[:, :width + 1], mask[:, :width]) for ids, mask, width in widths]
+
+
+def states(model, batch: Batch):
+    """Hidden states (N, C) that predict the N answer tokens, row after row."""
+    return model.hidden_states(batch.ids[:, :-1])[batch.mask]
+
+
+def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
+    """Σ of the reverse KL at N tokens / num_tokens, from hidden states of student (N, C) and teacher (N, its own C).
+
+    `chunked` makes logits of some rows at a time: N x V of them never exist at once.
+    """
+    teacher_head = teacher.head
+
+    def kl(logits, target):                                   # (n, V), (n, teacher's C)
+        teacher_logits = F.linear(target, teacher_head)
+        if top_k:
+            return reverse_kl_top_k(logits, teacher_logits, None, top_k, num_tokens)
+        return reverse_kl(logits, teacher_logits, None, num_tokens)
+    return chunked(kl, hidden, student.head, target)
+
+
+def log_prob_of(model, hidden, tokens):
+    """log π of the tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
+    head = model.head
+    rows = rows_at_once(head)
+    with torch.no_grad():
+        return torch.cat([token_log_probs(F.linear(h, head), y)
+                          for h, y in zip(hidden.split(rows), tokens.split(rows))])
+
+
+def loss_of(config, student, teacher, batch, hidden, target, advantages, num_tokens):
+    """What --method and --loss minimise, for one micro-batch; sums over its tokens / num_tokens of the whole batch.
+
+    hidden (N, C) and target (N, teacher's C): states of student and teacher at the answers' tokens. advantages (B,).
+    """
+    tokens = batch.ids[:, 1:][batch.mask]                                                  # (N,)
+    if config.method == "sft":                                # cross-entropy on the answers given
+        return chunked(lambda z, y: F.cross_entropy(z.float(), y, reduction="sum") / num_tokens,
+                       hidden, student.head, tokens)
+    if config.method == "rl":
+        weights = advantages[:, None].expand(batch.mask.shape)[batch.mask]                 # (N,)
+    elif config.loss in ("full", "top_k"):
+        return kl_of(student, teacher, hidden, target, num_tokens, config.top_k if config.loss == "top_k" else 0)
+    else:                                                     # `reverse_kl_sampled`, from hidden states
+        log_ratio = log_prob_of(student, hidden, tokens) - log_prob_of(teacher, target, tokens)            # (N,)
+        weights = -log_ratio
+        if config.loss == "sequence":                         # discount 1: Σ over t' >= t
+            whole = log_ratio.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_ratio)            # (B, T-1)
+            weights = -whole.flip(1).cumsum(1).flip(1)[batch.mask]
+    return chunked(lambda z, y, w: policy_gradient(z, y, w, num_tokens=num_tokens),
+                   hidden, student.head, tokens, weights)
+
+
+class Score:
+    """validate(model) for EffOPD, higher is better. tokens: how many response tokens it ran through the student.
+
+    Add a score of your own as a case of __call__ and its name to Search.score.
     """
 
     def __init__(self, config, task, teacher, problems):
         self.kind, self.task, self.teacher, self.problems = config.score, task, teacher, problems
         self.rows = config.micro_batch_size
-        self.last_batch = None     # (Batch, teacher's hidden states) of the training step just taken, for batch_kl
+        self.last_batch = None     # (Batch, teacher's states, a tensor a micro-batch) of the step just taken: batch_kl
         self.tokens = 0
 
     def __call__(self, model) -> float:
@@ -308,60 +368,14 @@ class Score:
 # ----------------------------------------------------------------------------------------------------------------
 # The training loop.
 
-def split(batch: Batch, rows: int) -> list[Batch]:
-    """Micro-batches of so many rows (0: all in one), each as wide as its own longest row."""
-    parts = zip(batch.ids.split(rows or len(batch.ids)), batch.mask.split(rows or len(batch.ids)))
-    widths = [(ids, mask, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1) for ids, mask in parts]
-    return [Batch(ids[:, :width + 1], mask[:, :width]) for ids, mask, width in widths]
-
-
-def states(model, batch: Batch):
-    """Hidden states (N, C) that predict the N answer tokens, row after row."""
-    return model.hidden_states(batch.ids[:, :-1])[batch.mask]
-
-
-def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
-    """Σ of the reverse KL at N positions / num_tokens, from the hidden states of student (N, C) and teacher (N, C')."""
-    teacher_head = teacher.head
-
-    def kl(logits, target):                                   # (n, V), (n, C')
-        teacher_logits, mask = F.linear(target, teacher_head), torch.ones(len(target), device=target.device)
-        if top_k:
-            return reverse_kl_top_k(logits, teacher_logits, mask, top_k, num_tokens)
-        return reverse_kl(logits, teacher_logits, mask, num_tokens)
-    return chunked(kl, hidden, student.head, target)
-
-
-def log_prob_of(model, hidden, tokens):
-    """log π of the tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
-    head = model.head
-    rows = rows_at_once(head)
-    with torch.no_grad():
-        return torch.cat([F.linear(h, head).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
-                          for h, y in zip(hidden.split(rows), tokens.split(rows))])
-
-
-def loss_of(config, student, teacher, batch, hidden, target, advantages, num_tokens):
-    """What --method and --loss minimise, for one micro-batch; sums over its tokens / num_tokens of the whole batch.
-
-    hidden (N, C) and target (N, C'): the states of student and teacher at the answer's tokens. advantages (B,): of RL.
-    """
-    tokens = batch.ids[:, 1:][batch.mask]                                                  # (N,)
-    if config.method == "sft":                                # forward KL(π* || π) up to a constant, one sample
-        return chunked(lambda z, y: F.cross_entropy(z.float(), y, reduction="sum") / num_tokens,
-                       hidden, student.head, tokens)
-    if config.method != "rl" and config.loss in ("full", "top_k"):
-        return kl_of(student, teacher, hidden, target, num_tokens, config.top_k if config.loss == "top_k" else 0)
-    if config.method == "rl":
-        weights = advantages[:, None].expand(batch.mask.shape)[batch.mask]                 # (N,)
-    else:                                                     # minus the coefficient of ∇ log π, see reverse_kl_sampled
-        ratio = log_prob_of(student, hidden, tokens) - log_prob_of(teacher, target, tokens)                # (N,)
-        weights = -ratio
-        if config.loss == "sequence":
-            whole = ratio.new_zeros(batch.mask.shape).masked_scatter(batch.mask, ratio)    # (B, T-1)
-            weights = -whole.flip(1).cumsum(1).flip(1)[batch.mask]                         # return-to-go
-    return chunked(lambda z, y, w: policy_gradient(z[:, None], y[:, None], w, torch.ones_like(w)[:, None], num_tokens),
-                   hidden, student.head, tokens, weights)
+def rollouts(config, task, student, teacher, problems, generator) -> tuple[Batch, torch.Tensor]:
+    """An answer to each problem, and its reward: 1.0 if it is right (B,)."""
+    if teacher is None:                                       # sft on a file's own answers
+        answers = [task.encode_answer(task.solve(p)) for p in problems]
+    else:
+        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)        # y ~ π (π*)
+    rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])
+    return pack([task.encode(p) for p in problems], answers, student.device), rewards
 
 
 def backward(config, task, student, teacher, problems, generator):
@@ -371,18 +385,13 @@ def backward(config, task, student, teacher, problems, generator):
     """
     if config.method == "rl":                                 # neighbours are a group
         problems = [p for p in problems for _ in range(config.group_size)]
-    if teacher is None:                                       # sft on a file's own answers
-        answers = [task.encode_answer(task.solve(p)) for p in problems]
-    else:
-        answers = answer(teacher if config.method == "sft" else student, task, problems, generator)        # y ~ π (π*)
-    batch = pack([task.encode(p) for p in problems], answers, student.device)
-    rewards = torch.tensor([float(task.is_correct(p, task.decode(a))) for p, a in zip(problems, answers)])  # (B,)
-    advantages = group_advantages(rewards, config.group_size) if config.method == "rl" else rewards      # read by rl
+    batch, rewards = rollouts(config, task, student, teacher, problems, generator)
+    advantages = group_advantages(rewards, config.group_size) if config.method == "rl" else rewards      # only rl's
     num_tokens, loss, kl, targets = int(batch.mask.sum()), 0.0, 0.0, []
     parts = split(batch, config.micro_batch_size)
     for part, part_advantages in zip(parts, advantages.to(student.device).split(len(parts[0].ids))):
         with torch.no_grad():
-            targets.append(None if teacher is None else states(teacher, part))             # (N, C')
+            targets.append(None if teacher is None else states(teacher, part))             # (N, teacher's C)
         hidden = states(student, part)                                                     # (N, C)
         piece = loss_of(config, student, teacher, part, hidden, targets[-1], part_advantages, num_tokens)
         if not math.isfinite(piece.item()):
@@ -399,7 +408,7 @@ def backward(config, task, student, teacher, problems, generator):
 
 
 def clip(model, max_norm) -> float:
-    """Clip the gradients to this norm; the norm that they had. FloatingPointError if it is not finite."""
+    """Clip the gradients to this norm; returns the norm that they had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if not math.isfinite(norm):
         where = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -486,7 +495,7 @@ class Training:
 
     def finish_step(self, step: int):
         record, tokens = self.record, 0 if self.batch is None else int(self.batch.mask.sum())
-        self.optimizer.zero_grad()                            # after the search, which reads the gradients
+        self.optimizer.zero_grad()                            # after the search
         record |= dict(step=step, seconds=self.line["seconds"], student_tokens=record["student_tokens"] + tokens)
         line = dict(step=step) | self.line | {k: record[k] for k in ("student_tokens", "validation_tokens")}
         if "accuracy" in line:
@@ -500,7 +509,7 @@ class Training:
         record, config = self.record, self.config
         searches = [{k: s[k] for k in ("step", "accepted", "multiple", "seconds")} for s in record["searches"]]
         return dict(label=label, method=config.method, seed=config.seed, lr=config.lr, steps=config.steps,
-                    final_accuracy=fmean(point["accuracy"] for point in record["curve"][1:][-3:]),
+                    final_accuracy=fmean(point["accuracy"] for point in record["curve"][1:][-3:]),       # of the last 3
                     tokens=record["student_tokens"] + record["validation_tokens"], skipped=record["skipped"],
                     validation_tokens=record["validation_tokens"], seconds=record["seconds"],
                     searches=searches, curve=record["curve"], examples=record["examples"])
@@ -509,7 +518,7 @@ class Training:
 def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str, evaluated=None) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary. Goes on from out_dir/state.pt, if any.
 
-    Interrupted: a signal asked for it, and the state is saved. ValueError for numbers that are not finite.
+    Interrupted: a signal asked for it, and the state is saved.
     """
     run, state = Training(config, task, student, teacher, out_dir), load_state(out_dir)
     run.start(evaluated) if state is None else restore(run, state)
@@ -546,7 +555,7 @@ def distil(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Pat
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The race: the same start, seed and problems for each method; then who got where at what cost.
+# The race: the same start, seed and problems for each method.
 
 RACE = {  # name: (directory, how it differs from the others)
     "OPD": ("opd", dict(method="opd")),
@@ -580,7 +589,7 @@ def first_at(curve, target) -> dict | None:
 
 
 def compare(runs: dict) -> dict:
-    """What each run took, validation included, to the target: the accuracy that OPD ends with."""
+    """What each run took, validation included, to the target, OPD's final accuracy. speed_up: OPD's cost / its own."""
     target, methods = runs["OPD"]["final_accuracy"], {}
     opd = first_at(runs["OPD"]["curve"], target)
     for name, run in runs.items():
@@ -588,30 +597,6 @@ def compare(runs: dict) -> dict:
         methods[name] = {key: run[key] for key in ("final_accuracy", "searches", "curve", "examples")} | {
             "reached": own, "speed_up": own and {unit: opd[unit] / own[unit] for unit in ("step", "tokens", "seconds")}}
     return dict(target=target, methods=methods)
-
-
-def run_one(config: Config, out_dir: Path):
-    """Load, evaluate, train; then say and draw what came of it."""
-    task, student, teacher = load(config)
-    check_space(config, student, out_dir)
-    problems, evaluated = evaluation_problems(config, task), None
-    if not config.resume:
-        evaluated = evaluate(student, task, problems)
-        print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
-              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
-    if config.method == "race":
-        summary = race(config, task, student, teacher, out_dir, evaluated)
-        with replacing(out_dir / "race.png") as scratch:
-            draw_race(summary, scratch)
-        label = list(RACE)[-1]
-        print_examples(label, summary["methods"][label]["examples"])
-        print_race(summary)
-        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
-    else:
-        summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
-        print_examples(config.method, summary["examples"])
-        print_run(summary)
-        print(f"\nEverything is in {out_dir}")
 
 
 # ================================================================================================================
@@ -1645,6 +1630,30 @@ def draw_costs(panel, points, unit, color, label, upright):
 
 # ----------------------------------------------------------------------------------------------------------------
 # The command.
+
+def run_one(config: Config, out_dir: Path):
+    """Load, evaluate, train; then say and draw what came of it."""
+    task, student, teacher = load(config)
+    check_space(config, student, out_dir)
+    problems, evaluated = evaluation_problems(config, task), None
+    if not config.resume:
+        evaluated = evaluate(student, task, problems)
+        print(f"Accuracy on {len(problems)} held-out problems: student {evaluated[0]:.3f}" +
+              (f", teacher {evaluate(teacher, task, problems)[0]:.3f}" if teacher else ""))
+    if config.method == "race":
+        summary = race(config, task, student, teacher, out_dir, evaluated)
+        with replacing(out_dir / "race.png") as scratch:
+            draw_race(summary, scratch)
+        label = list(RACE)[-1]
+        print_examples(label, summary["methods"][label]["examples"])
+        print_race(summary)
+        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+    else:
+        summary = distil(config, task, student, teacher, out_dir, config.method, evaluated)
+        print_examples(config.method, summary["examples"])
+        print_run(summary)
+        print(f"\nEverything is in {out_dir}")
+
 
 def main(args=None):
     settings = given(args)

@@ -1,5 +1,6 @@
-"""README.md says what is there: its links lead somewhere, its code lines and options exist."""
+"""README.md says what is there: its links lead somewhere, its code lines and options exist, its promises are kept."""
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SCRIPTS = {name: (ROOT / name).read_text() for name in ("effopd.py", "train.py", "model.py", "analyze.py")}
 
 
 def test_links_lead_somewhere():
@@ -40,3 +42,25 @@ def test_every_option_exists():
 def test_settings_of_a_sweep_exist():
     axes = re.findall(r"(?:\+|[\" ])([a-z_]+)=", " ".join(re.findall(r'--sweep "[^"]*"', README)))
     assert len(axes) > 30 and set(axes) <= {f.name for f in fields(train.Config)}, axes
+
+
+def words(text):
+    """Operators and rules are none."""
+    return sum(bool(re.search(r"\w", word)) for word in text.split())
+
+
+def test_a_reader_needs_no_more_than_what_is_promised():
+    """Twenty minutes for README.md's open part, 45 for the scripts down to their appendices, at 240 words a minute."""
+    stories = [code.split("\n# Appendix. ") for code in SCRIPTS.values()]
+    assert all(len(parts) == 2 for parts in stories)
+    assert sum(words(story) for story, _ in stories) <= 45 * 240
+    assert words(re.sub(r"<details>.*?</details>", "", README, flags=re.S)) <= 20 * 240
+
+
+def test_functions_are_short():
+    """At most 40 lines without the docstring."""
+    for name, code in SCRIPTS.items():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                assert body[-1].end_lineno - body[0].lineno < 40, (name, node.name)
