@@ -18,8 +18,8 @@ step, "matrices" are the two-dimensional weights of attention and MLP.
 Beside them: Gaussian matrices (5, 7) and random walks (6, 9) as the null, and comparisons at equal norm and accuracy,
 since methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
 
-The story comes first: metrics, interventions, what a study is, the questions. The appendix reads, measures, draws, asks
-the tenth question, and has the command. N counts the checkpoints of all runs; r = min(m, n) for a matrix (m, n).
+The appendix reads, measures, draws, asks the tenth question, and has the command. N counts the checkpoints of all runs;
+r = min(m, n) for a matrix (m, n).
 """
 
 import argparse
@@ -94,9 +94,9 @@ class Weights(NamedTuple):
 
     def spectra(self, i) -> dict:
         """5: METRICS, mean and standard deviation over ΔW_i's matrices, mean over Gaussian ones of the same norms."""
-        of, null = self.sigmas(i), self.gaussians()
-        rows = [spectral_metrics(sigma) for sigma in of.values()]
-        gaussian = [spectral_metrics(null[name] * sigma.norm()) for name, sigma in of.items()]
+        sigmas, null = self.sigmas(i), self.gaussians()
+        rows = [spectral_metrics(sigma) for sigma in sigmas.values()]
+        gaussian = [spectral_metrics(null[name] * sigma.norm()) for name, sigma in sigmas.items()]
         return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
                     "gaussian": float(np.mean([row[m] for row in gaussian]))} for m in METRICS}
 
@@ -123,61 +123,7 @@ def principal_components(gram):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Interventions: weights and updates as dicts of tensors by name.
-
-def add(base, update, alpha=1.0) -> dict:
-    """1: base + α update; what the update does not name stays at the base."""
-    return {name: w + alpha * update[name] if name in update else w for name, w in base.items()}
-
-
-def in_window(name, layer, width, part) -> bool:
-    """3: whether a matrix is of this part ("mlp" or "attention") of layers layer - width .. layer + width."""
-    own = "attention" if "attn" in name or "attention" in name else "mlp"
-    return own == part and abs(module_of(name)[0] - layer) <= width
-
-
-def window(update, layer, width, part) -> dict:
-    """3: ΔW_window."""
-    return {name: d for name, d in matrices(update).items() if in_window(name, layer, width, part)}
-
-
-def truncated(svds, percent, end) -> dict:
-    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of each matrix's directions."""
-    kept = {}
-    for name, (U, sigma, Vh) in svds.items():
-        k = directions_in(percent, sigma)
-        part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
-        kept[name] = U[:, part] * sigma[part] @ Vh[part]
-    return kept
-
-
-def rescaled(early, final, beta) -> dict:
-    """8: ΔW_early · [1 + β (‖ΔW_T‖ / ‖ΔW_early‖ - 1)], tensor by tensor."""
-    return {name: d * (1 + beta * (final[name].norm() / d.norm() - 1)) if d.any() else d for name, d in early.items()}
-
-
-def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
-    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
-    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
-    trained = add(base, final)
-    jobs = {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
-    jobs |= {("alpha", alpha): partial(add, base, final, alpha) for alpha in ALPHAS}             # 1: W_0 + αΔW_T
-    for part in ("mlp", "attention"):
-        for layer in range(num_layers):                                                          # 3: W_0 + ΔW_window
-            piece = window(final, layer, window_width(num_layers), part)
-            jobs["inject", part, layer] = partial(add, base, piece)
-            jobs["leave out", part, layer] = partial(add, trained, piece, -1.0)                  # W_T - ΔW_window
-    rest = {name: d for name, d in final.items() if module_of(name)[1] not in ("embedding", "head")}
-    jobs["embeddings back",] = partial(add, base, rest)                                          # 4
-    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}    # 7
-    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
-    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
-             for i in {0, run.early} for beta in BETAS}                                          # 8
-    return jobs
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# A study: the runs, their weights, and what was measured.
+# Runs, and interventions on them: weights and updates as dicts of tensors by name.
 
 @dataclass(eq=False)
 class Run:
@@ -206,12 +152,66 @@ class Run:
         return self.at(-1)[0]
 
 
+def add(base, update, alpha=1.0) -> dict:
+    """1: base + α update; what the update does not name stays at the base."""
+    return {name: w + alpha * update[name] if name in update else w for name, w in base.items()}
+
+
+def in_window(name, layer, reach, part) -> bool:
+    """3: whether a matrix is of this part ("mlp" or "attention") of layers layer - reach .. layer + reach."""
+    own = "attention" if "attn" in name or "attention" in name else "mlp"
+    return own == part and abs(module_of(name)[0] - layer) <= reach
+
+
+def window(update, layer, reach, part) -> dict:
+    return {name: d for name, d in matrices(update).items() if in_window(name, layer, reach, part)}
+
+
+def truncated(svds, percent, end) -> dict:
+    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of each matrix's directions."""
+    kept = {}
+    for name, (U, sigma, Vh) in svds.items():
+        k = directions_in(percent, sigma)
+        part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
+        kept[name] = U[:, part] * sigma[part] @ Vh[part]
+    return kept
+
+
+def rescaled(early, final, beta) -> dict:
+    """8: ΔW_early · [1 + β (‖ΔW_T‖ / ‖ΔW_early‖ - 1)], tensor by tensor."""
+    return {name: d * (1 + beta * (final[name].norm() / d.norm() - 1)) if d.any() else d for name, d in early.items()}
+
+
+def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
+    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
+    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
+    trained = add(base, final)
+    jobs = {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
+    jobs |= {("alpha", alpha): partial(add, base, final, alpha) for alpha in ALPHAS}             # 1: W_0 + αΔW_T
+    for part in ("mlp", "attention"):
+        for layer in range(num_layers):                                                          # 3: W_0 + ΔW_window
+            piece = window(final, layer, window_reach(num_layers), part)
+            jobs["inject", part, layer] = partial(add, base, piece)
+            jobs["leave out", part, layer] = partial(add, trained, piece, -1.0)                  # W_T - ΔW_window
+    rest = {name: d for name, d in final.items() if module_of(name)[1] not in ("embedding", "head")}
+    jobs["embeddings back",] = partial(add, base, rest)                                          # 4
+    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}    # 7
+    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
+    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
+             for i in {0, run.early} for beta in BETAS}                                          # 8
+    return jobs
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A study: all that the questions are asked of.
+
 class Study(NamedTuple):
+    """What `study_runs` makes: it reads the weights, measures every intervention, and picks checkpoints to compare."""
     weights: Weights
     runs: list                 # of Run
     base: tuple                # (accuracy, KL) of the base; () from weights alone
     noise: tuple               # the same of a Gaussian update, of the norm that 7 scales to
-    picks: dict                # "end", "equal accuracy", ...: {run: point}
+    picks: dict                # "end", "equal steps", "equal norm", "equal accuracy": {run: the point nearest to it}
     out_dir: Path
 
     @property
@@ -225,7 +225,7 @@ class Study(NamedTuple):
         return max(self.runs, key=lambda run: run.steps[-1])
 
     def each(self, f) -> dict:
-        """{label: `interval` of f(run) over seeds}."""
+        """{label: {mean, half of the 95% interval, n} of f(run) over seeds}."""
         return {label: interval([f(run) for run in group]) for label, group in self.groups.items()}
 
     @property
@@ -294,21 +294,24 @@ def update_norms(study):
 
 
 def utility(study):
-    """3: accuracy of W_0 + ΔW_window minus W_0's; that / ‖ΔW_window‖_F; accuracy of W_T minus W_T - ΔW_window's."""
-    weights, layers = study.weights, study.weights.num_layers
-    width, places = window_width(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
+    """3: gain, accuracy of W_0 + ΔW_window less that of W_0; gain / ‖ΔW_window‖_F; loss, from W_T to W_T - ΔW_window.
 
-    def sizes(run, width):                                    # (places,)
-        return np.array([weights.norm(run.last, [name for name in weights.svd if in_window(name, layer, width, part)])
+    And the share of ‖ΔW_T‖² that sits in the half of the windows with the lowest gain per norm.
+    """
+    weights, layers = study.weights, study.weights.num_layers
+    reach, places = window_reach(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
+
+    def sizes(run, reach):                                    # (places,)
+        return np.array([weights.norm(run.last, [name for name in weights.svd if in_window(name, layer, reach, part)])
                          for part, layer in places])
 
     def accuracies(run, what):                                # (places,)
         return np.array([run.accuracy(what, *place) for place in places])
 
     gain = {run: accuracies(run, "inject") - study.base[0] for run in study.runs}
-    worth = {run: gain[run] / np.maximum(sizes(run, width), 1e-30) for run in study.runs}         # 0: not moved
+    worth = {run: gain[run] / np.maximum(sizes(run, reach), 1e-30) for run in study.runs}         # 0: not moved
     loss = {run: run.final - accuracies(run, "leave out") for run in study.runs}
-    span = f"{2 * width + 1} layers" if width else "one layer"
+    span = f"{2 * reach + 1} layers" if reach else "one layer"
     figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
                           *((name, "centre of the window, layer", y) for name, y in (
                               ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
@@ -322,7 +325,7 @@ def utility(study):
     low = np.mean(list(worth.values()), axis=0).argsort(kind="stable")[:layers]       # one ranking for all methods
     in_low = study.each(lambda run: 100 * sum(sizes(run, 0)[low] ** 2) / weights.norm(run.last, weights.svd) ** 2)
     mlp, attention = study.each(lambda run: max(gain[run][:layers])), study.each(lambda run: max(gain[run][layers:]))
-    return (dict(window=2 * width + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention),
+    return (dict(window=2 * reach + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention),
             f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
             f"{say(in_low, '{:.0f}')}")
 
@@ -369,16 +372,16 @@ def spectrum(study):
     draw(axes[0], study, lambda run: (grid, level(weights.sigmas(run.last))), named=True, marker="")
     axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
     axes[0].set_ylim(bottom=1e-3)
+    null = {metric: table[metric]["gaussian"]["end"][study.runs[0].label]["mean"] for metric in METRICS}
     for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
         bars(axis, table[metric]["mean"]["end"], form, offset=-0.2)
         bars(axis, table[metric]["mean"][other], form, offset=0.2, alpha=0.4)
-        null = table[metric]["gaussian"]["end"][study.runs[0].label]["mean"]
-        axis.axhline(null, color="black", linestyle=":", label="Gaussian")
+        axis.axhline(null[metric], color="black", linestyle=":", label="Gaussian")
     save(figure, study.out_dir / "5_spectra.png")
     ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
     return (dict(mean_rank=rank) | table,
             f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
-            f"{null:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
+            f"{null['effective_rank']:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
 
 
 def directions(study):
@@ -388,7 +391,7 @@ def directions(study):
     end, rest = ({run: [cosines(gram, i, run.last)[to] for i in run.points] for run in study.runs} for to in (0, 1))
     longest, early = study.longest, study.longest.early
     walk = walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)                  # (steps, 20)
-    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # of a random walk
+    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # a random walk's E cos = sqrt(t / T)
     figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
                           ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
                           ("the same at 10% of training", "k leading directions", "mean squared cosine"),
@@ -415,7 +418,7 @@ def directions(study):
 
 
 def low_rank(study):
-    """7: accuracy of W_0 + Σ σ_i u_i v_iᵀ over each matrix's leading k% (scaled to one norm) or trailing k%."""
+    """7: accuracy of W_0 + Σ σ_i u_i v_iᵀ over each matrix's leading k% (at the runs' smallest norm) or trailing k%."""
     def kept(of):                                             # share of the norm in the top k%, mean over matrices
         return [float(np.mean([s[:directions_in(k, s)].norm() / s.norm() for s in of.values()])) for k in TOP]
 
@@ -472,7 +475,7 @@ def early_rescaled(study):
 
 
 def paths(study):
-    """9: PCA of W_0 and all W_t; the share of its first two components in the variance of each run's path."""
+    """9: PCA of W_0 and the W_t of all runs; and of each run's own, the variance in its first two components."""
     gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # with the base, ΔW = 0
     on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
 
@@ -783,7 +786,7 @@ def matrices(update) -> dict:
     return {name: d for name, d in update.items() if is_matrix(name, d.shape)}
 
 
-def window_width(num_layers) -> int:
+def window_reach(num_layers) -> int:
     """3: the paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
     return max(0, round((0.45 * num_layers - 1) / 2))
 
@@ -986,7 +989,7 @@ def study_runs(args, out_dir) -> Study:
         print("warning: --cache_dir holds another base than these runs', so another teacher: read the KLs with care",
               file=sys.stderr)
     measure = measure_with(model, teacher, task, evaluation_problems(config, task)[:args.problems])
-    common_norm = min(weights.norm(run.last, weights.svd) for run in runs)       # the smallest: no one is stretched
+    common_norm = min(weights.norm(run.last, weights.svd) for run in runs)       # the smallest
     rng = torch.Generator().manual_seed(0)
     noise = scaled_to({name: torch.randn(weights.shape[name], generator=rng) for name in weights.svd}, common_norm)
     study = Study(weights, runs, measure(w_0), measure(add(w_0, noise)), {}, out_dir)

@@ -11,7 +11,7 @@ look further along it. After optimiser steps 1, 2, 4, 8, ...
     keep the last one before the score on a small validation set stops improving, else W_t
     W_prev = what was kept               so that no Δ ever contains a jump
 
-It works on any torch.nn.Module, in any training loop; what a jump moves is found by name (SCOPES).
+It works on any torch.nn.Module, in any training loop.
 
 Where the paper is silent or says two things, this is what we chose:
   - a tie is a failure (accept="gt"): the paper's formula has >=, its next sentence says "improve".
@@ -21,8 +21,8 @@ Where the paper is silent or says two things, this is what we chose:
   - module utility and the alignment of successive Δ are logged; they act only if asked to (the two gates).
 Not the paper's: candidates="doubling" and "line", and every direction but "update".
 
-The appendix has reinforcement learning's loss, losses in chunks, directions to compare Δ with, the numerics and the
-distributed side of a search, and the callback for transformers and TRL.
+The appendix has reinforcement learning's loss, losses in chunks, other directions, the distributed side of a search,
+and the callback for transformers and TRL.
 """
 
 import functools

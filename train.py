@@ -3,7 +3,6 @@
     python train.py                                    # the race: OPD and two EffOPD searches, minutes on a laptop
     python train.py --method effopd --device cuda      # one run, on a GPU
     python train.py --preset gpu                       # a 25 M student on longer chains, for a GPU of 8 GB
-    python train.py --method opd --lr 1.5e-3           # OPD at its best learning rate
     python train.py --method rl --lr 3e-4              # reinforcement learning (GRPO) on right or wrong; also sft
     python train.py --sweep "lr=1e-4,1e-3 method=opd,effopd seed=0:5"      # a grid of runs: a table with intervals
     python train.py --gap skill                        # a student that lacks the skill: where foresight fails
@@ -51,8 +50,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-# Before torch is imported: OpenMP's threads wait for each other by spinning, which makes small operations four times
-# slower when anything else runs on the cores. Giving up early costs about a tenth on an idle machine.
+# Before torch is imported: OpenMP's threads spin while they wait, which makes small operations four times slower when
+# anything else runs on the cores. Giving up early costs a tenth on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np

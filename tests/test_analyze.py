@@ -303,7 +303,7 @@ def test_windows_partition_and_at_full_width_are_the_whole_update(update):
     trained = add(base, window(delta, 0, 2, "mlp") | window(delta, 0, 2, "attention"))
     for name, w in trained.items():
         torch.testing.assert_close(w, base[name] + delta[name] if "proj" in name else base[name])
-    assert [analyze.window_width(layers) for layers in (1, 3, 8, 36)] == [0, 0, 1, 8]     # the paper: 8 of 28 to 48
+    assert [analyze.window_reach(layers) for layers in (1, 3, 8, 36)] == [0, 0, 1, 8]     # the paper: 8 of 28 to 48
 
 
 def test_low_rank_parts(update):
