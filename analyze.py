@@ -206,7 +206,7 @@ def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
 # A study: all that the questions are asked of.
 
 class Study(NamedTuple):
-    """What `study_runs` makes: it reads the weights, measures every intervention, and picks checkpoints to compare."""
+    """`study_runs` makes it: reads the weights, measures every intervention, picks checkpoints to compare."""
     weights: Weights
     runs: list                 # of Run
     base: tuple                # (accuracy, KL) of the base; () from weights alone
@@ -287,7 +287,7 @@ def update_norms(study):
     embedding = study.compared(lambda i: 100 * weights.norm_shares(i)[None, "embedding"])
     sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
     null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in MLP) / sum(sizes.values())
-    share = study.every(lambda run: {f"{layer} {module}": v for (layer, module), v in shares[run].items()})
+    share = study.every(lambda run: {f"{layer} {m}".removeprefix("None "): v for (layer, m), v in shares[run].items()})
     return (dict(mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding, share=share),
             f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
             f"{say(embedding['end'], '{:.1f}')}")
@@ -325,7 +325,8 @@ def utility(study):
     low = np.mean(list(worth.values()), axis=0).argsort(kind="stable")[:layers]       # one ranking for all methods
     in_low = study.each(lambda run: 100 * sum(sizes(run, 0)[low] ** 2) / weights.norm(run.last, weights.svd) ** 2)
     mlp, attention = study.each(lambda run: max(gain[run][:layers])), study.each(lambda run: max(gain[run][layers:]))
-    return (dict(window=2 * reach + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention),
+    return (dict(window=2 * reach + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention,
+                 low_utility=[places[i] for i in low], gain_per_norm=study.every(lambda run: worth[run].tolist())),
             f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
             f"{say(in_low, '{:.0f}')}")
 

@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 # Losses. Logits (B, T, V) in any floating dtype, computed on in float32; mask (B, T) is 1 where a token counts.
 # Position t of the logits is the one that predicts token t: shift before you call. The student's side carries the
 # gradient, the teacher's never does. The sum over tokens is divided by num_tokens (default: the mask's), so
-# micro-batches that are all given the whole batch's count add up to the whole batch's gradient. Where all N tokens
-# count, logits (N, V) without a mask do as well.
+# micro-batches given the whole batch's count add up to its gradient. All but reverse_kl_sampled also take logits
+# (N, V) of tokens that all count, with mask None.
 
 def reverse_kl(student_logits, teacher_logits, mask=None, num_tokens=None):
     """Mean over tokens of KL(π || π*) = Σ_v π(v) [log π(v) - log π*(v)], in nats: a scalar.
@@ -147,10 +147,10 @@ class EffOPD:
     utility_gate: a jump leaves out the matrices whose utility (see `module_utility`) is not positive.
     alignment_gate: no search where cos(Δ, the last search's Δ) is below this (None: always search).
     seed: of the candidates' random states.
-    offload: the copies are in the CPU's memory; on its device are never more than three tensors as large as the largest
-        parameter. Same weights bit for bit.
+    offload: the copies are in the CPU's memory; the device holds at most three more tensors as large as the largest
+        parameter (in float32). Same weights bit for bit.
 
-    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search (five in another direction).
+    Costs two copies of the weights in scope (W_prev and the last Δ), four during a search (another direction: five).
     Under FSDP2 (fully_shard) each rank copies its own shards.
     If `validate` raises, W_t is back in the model, and calling `step(t)` again makes the same search.
     ValueError for a wrong option, for a model that has nothing in scope, for FSDP1, for offload with FSDP2, and from

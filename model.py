@@ -1,6 +1,6 @@
 """A compact GPT: forward, KV-cached sampling, load and save in Hugging Face format.
 
-One decoder-only transformer covers three families, since they differ in so little:
+One decoder-only transformer covers three families:
 
     Llama (SmolLM2, Llama 3 with its rope scaling)    no attention bias, no q/k norm
     Qwen2, Qwen2.5                                    bias on the q, k and v projections
@@ -231,11 +231,12 @@ class KVCache:
         self.masked = compile or bool(padding.any())
 
     def extend(self, ids):
-        """Hidden states (b, T, C) of the next T columns, of tokens ids (b, T): first the prompts, then one a call."""
+        """Hidden states (b, T, C) of the next T columns, of tokens ids (b, T)."""
         start, n = self.length, self.length + ids.shape[1]
         static = self.compiled is not None and start > 0      # sees all columns, so that no shape ever changes
         own, seen, self.length = self.columns[start:n], self.columns if static else self.columns[:n], n
-        mask = visible(seen >= self.padding, own) if self.masked else None                 # (b, 1, T, n or width)
+        masked = self.masked or 0 < start < n - 1             # else causal, or the last column, which sees all
+        mask = visible(seen >= self.padding, own) if masked else None                      # (b, 1, T, n or width)
         positions = (own - self.padding).clamp(min=0)                                      # (b, T)
         cos, sin = self.cos[positions], self.sin[positions]                                # (b, T, D)
         if static:

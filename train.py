@@ -403,15 +403,15 @@ def backward(config, task, student, teacher, problems, generator):
             with torch.no_grad():
                 kl += kl_of(student, teacher, hidden, targets[-1], num_tokens).item()
     return batch, targets, dict(loss=loss, kl=None if teacher is None else kl, reward=rewards.mean().item(),
-                                grad_norm=clip(student, config.max_grad_norm), lr=config.lr)
+                                grad_norm=clip(student, config.max_grad_norm, loss), lr=config.lr)
 
 
-def clip(model, max_norm) -> float:
+def clip(model, max_norm, loss) -> float:
     """Clip the gradients to this norm; returns the norm that they had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if not math.isfinite(norm):
         where = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        raise FloatingPointError(f"the gradient's norm is {norm}; not finite in "
+        raise FloatingPointError(f"the gradient's norm is {norm}, the loss {loss:.3g}; not finite in "
                                  f"{', '.join(where[:2]) or 'the sum of squares'}{' and others' * (len(where) > 2)}")
     return norm
 

@@ -632,6 +632,8 @@ def test_everything_from_four_runs(runs, monkeypatch, capsys):
     final, base = (load_file(sft / "checkpoints" / name / "model.safetensors") for name in ("final", "step_000000"))
     moved = sum((w - base[n]).square().sum().item() for n, w in final.items()) ** 0.5
     assert norms["SFT"]["mean"] == pytest.approx(moved, rel=1e-5)
+    share = results["update_norms"]["share"][sft.as_posix()]
+    assert sum(share.values()) == pytest.approx(1) and {"embedding", "norm", "0 q", "1 down"} <= set(share)
     aligned = results["directions"]["runs"][sft.as_posix()]
     assert aligned["steps"] == [1, 2, 4, 5] and aligned["alignment_by_k"][-1] == pytest.approx([1] * 20, abs=1e-4)
     ranks = {n: spectral_metrics(final[n] - base[n])["effective_rank"] for n in base if "proj" in n}

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from model import GPT, GPTConfig, config_to_hf, packed, times_packed
+from model import GPT, GPTConfig, KVCache, config_to_hf, packed, times_packed
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32)
@@ -300,3 +300,16 @@ def test_impossible_shapes_are_refused():
         GPTConfig(20, num_attention_heads=4, num_key_value_heads=3)
     with pytest.raises(ValueError, match="even"):
         GPTConfig(20, head_dim=7)
+
+
+@pytest.mark.parametrize("padding", [[[0], [0]], [[2], [0]]])
+def test_a_cache_may_be_extended_in_pieces(padding):
+    """By one column or by several, it gives the hidden states that the whole gives at once."""
+    model, padding = tiny(num_key_value_heads=2), torch.tensor(padding)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+    with torch.no_grad():
+        cache = KVCache(model, padding, 8, compile=False)
+        pieces = torch.cat([cache.extend(ids[:, a:b]) for a, b in ((0, 4), (4, 7), (7, 8))], dim=1)
+        whole = model.hidden_states(ids, attention_mask=(torch.arange(8) >= padding).long())
+    real = torch.arange(8) >= padding
+    assert (pieces[real] - whole[real]).abs().max() < 1e-5

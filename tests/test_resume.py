@@ -336,7 +336,7 @@ def poison(monkeypatch, step, where):
     monkeypatch.setattr(train, "loss_of", loss_of)
 
 
-@pytest.mark.parametrize("where, words", [("loss", "step 3: the loss is nan"), ("gradient", "step 3: the gradient's norm is nan")])
+@pytest.mark.parametrize("where, words", [("loss", "step 3: the loss is nan"), ("gradient", "step 3: the gradient's norm is nan, the loss ")])
 def test_a_number_that_is_not_finite_stops_the_run(where, words, toy, tmp_path, monkeypatch):
     config, task, student, teacher = toy
     poison(monkeypatch, 3, where)
