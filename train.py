@@ -736,7 +736,8 @@ class Real:
                             "rollout takes minutes")
     micro_batch_size: int = setting(0, "rows of a training step's forward and backward pass at once; same gradient "
                                     "(0: all)")
-    rollout_batch_size: int = setting(500, "answers sampled at once")
+    rollout_batch_size: int = setting(500, "answers sampled at once; at least dv_size for --score accuracy, whose "
+                                      "candidates share random numbers within the first such batch only")
     gradient_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
     offload: bool = setting(False, "keep EffOPD's copies of the weights on the CPU")
 
