@@ -1000,8 +1000,7 @@ def study_runs(args, out_dir) -> Study:
                              weights.num_layers)
         bar = tqdm(jobs.items(), desc=run.label, unit="accuracy", dynamic_ncols=True)
         run.measured = {what: tuple(measure(make())) for what, make in bar}
-    study.picks.update(picks(study))
-    return study
+    return study._replace(picks=picks(study))
 
 
 def picks(study) -> dict:

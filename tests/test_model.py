@@ -306,10 +306,10 @@ def test_impossible_shapes_are_refused():
 def test_a_cache_may_be_extended_in_pieces(padding):
     """By one column or by several, it gives the hidden states that the whole gives at once."""
     model, padding = tiny(num_key_value_heads=2), torch.tensor(padding)
+    real = torch.arange(8) >= padding
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
     with torch.no_grad():
         cache = KVCache(model, padding, 8, compile=False)
         pieces = torch.cat([cache.extend(ids[:, a:b]) for a, b in ((0, 4), (4, 7), (7, 8))], dim=1)
-        whole = model.hidden_states(ids, attention_mask=(torch.arange(8) >= padding).long())
-    real = torch.arange(8) >= padding
+        whole = model.hidden_states(ids, attention_mask=real.long())
     assert (pieces[real] - whole[real]).abs().max() < 1e-5
