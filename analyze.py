@@ -1,25 +1,16 @@
-"""See the foresight: where an update goes, how concentrated it is, and when its direction settles.
+"""See the foresight: where an update goes, how concentrated it is, when its direction settles.
 
-    python analyze.py                                       # the newest run of each method under runs/
-    python analyze.py runs/opd-s0 runs/opd-s1 runs/rl-s0    # these; runs alike but for the seed: mean, 95% interval
-    python analyze.py --base DIR --checkpoints DIR1 DIR2    # any Hugging Face checkpoints, from their weights alone
-    python analyze.py --dv runs/effopd-s0 runs/effopd-s1    # a tenth question: how many problems must D_v have?
+    python analyze.py                                     # the newest run of each method in runs/
+    python analyze.py runs/opd runs/opd-2 runs/rl         # these; alike but for the seed: a mean
+    python analyze.py --base DIR --checkpoints DIR1 DIR2  # any checkpoints in Hugging Face format
+    python analyze.py --redraw analysis/analysis.json     # the figures again, from their numbers
 
-Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4): a figure each in analysis/, the numbers in
-analysis/analysis.json, and on the screen what the paper says and what these runs say. ΔW_t = W_t - W_0, T is the last
-step, "matrices" are the two-dimensional weights of attention and MLP.
+Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4), and a tenth that it
+does not ask; `QUESTIONS` lists them. Each measures a run, which gives a dict of numbers, and draws
+a figure of these, with what chance would give beside it: Gaussian matrices, random walks.
 
-    1 accuracy of W_0 + αΔW_T                     6 alignment of ΔW_t with ΔW_T over training
-    2 ‖ΔW_T‖² by layer and module                 7 leading or trailing singular directions only
-    3 utility of a window of layers               8 an early ΔW_t, scaled to the final norm
-    4 the base's embeddings put back              9 the paths, in their two principal components
-    5 spectra of ΔW_T
-
-Beside them: Gaussian matrices (5, 7) and random walks (6, 9) as the null, and comparisons at equal norm and accuracy,
-since methods stop at different places. Weights alone answer 2, the cosine of 4, 5, 6 and 9.
-
-The appendix reads, measures, draws, asks the tenth question, and has the command. N counts the checkpoints of all runs;
-r = min(m, n) for a matrix (m, n).
+ΔW_t = W_t - W_0 is the update since the start, T the last step. Checkpoints that are no runs of
+train.py have no task and no teacher here; their weights alone answer some of the questions.
 """
 
 import argparse
@@ -27,937 +18,800 @@ import filecmp
 import json
 import math
 import os
-import random
+import re
 import sys
-from collections import Counter
-from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")              # before torch is imported: see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")               # before torch: see train.py
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from effopd import EffOPD, basis_alignment, module_of, spectral_metrics
-from train import (Chains, Config, bootstrap, evaluate, evaluation_problems, has_use, kl_of, load, load_models, pack,
-                   pick_device, split, spread, states, write_json)
+from effopd import METRICS, SCOPES, basis_alignment, module_of, reverse_kl, spectral_metrics
+from model import weight_files
+from train import (TEMPERATURES, Config, evaluate, evaluation_problems, first_line, load, pack,
+                   write_json)
 
-plt.switch_backend("Agg")                                    # draws into files, without a screen
+plt.switch_backend("Agg")                                     # draws into files, without a screen
 
-ALPHAS = (0.1, 0.2, 0.4, 0.6, 0.8)                           # 1: fractions of the update, beside 0 and 1
-KS = range(1, 21)                                            # 6: the paper averages the alignment over these
-TOP, BOTTOM = (1, 5, 10, 25, 50, 100), (25, 50, 75, 90, 95, 99)      # 7: percent of the singular directions
-BETAS = (0.4, 0.8, 1.0, 1.2, 1.6)                            # 8: 0 is the early update, 1 is the final norm
-METRICS = ("spectral_norm", "spectral_ratio", "effective_rank", "stable_rank", "top1_ratio")
-MODULES = ("q", "k", "v", "o", "gate", "up", "down", "norm")
-MLP = ("gate", "up", "down")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Metrics, from the weights alone.
-
-class Weights(NamedTuple):
-    """What `read_weights` keeps of the updates ΔW_i = W_i - W_0 of N checkpoints i."""
-    gram: dict                 # name: (N, N) float64, <ΔW_i, ΔW_j>; norms, cosines and PCA come from it
-    svd: dict                  # matrix name: for each i (U (m, k), σ (r,), Vᵀ (k, n)), k = 20; at a run's end r
-    embedding_cosine: list     # for each i: mean cosine of base and trained embedding rows, of rows that moved
-    shape: dict                # name: shape
-
-    @property
-    def num_layers(self):
-        return 1 + max(module_of(name)[0] for name in self.svd)
-
-    def norm(self, i, names=None) -> float:
-        """‖ΔW_i‖_F, of all tensors or of these."""
-        return sum(self.gram[name][i, i].item() for name in (self.gram if names is None else names)) ** 0.5
-
-    def norm_shares(self, i) -> Counter:
-        """2: ‖ΔW_i of a (layer, module)‖² / ‖ΔW_i‖², of each; together 1."""
-        shares, whole = Counter(), self.norm(i) ** 2
-        for name, gram in self.gram.items():
-            shares[module_of(name)] += gram[i, i].item() / whole
-        return shares
-
-    def sigmas(self, i) -> dict:
-        """name: singular values (r,) of ΔW_i, of the matrices that moved."""
-        return {name: svds[i][1] for name, svds in self.svd.items() if svds[i][1][0] > 0}
-
-    def gaussians(self) -> dict:
-        """The same of Gaussian matrices of norm 1: what no structure looks like."""
-        return {name: gaussian_sigma(self.shape[name]) for name in self.svd}
-
-    def spectra(self, i) -> dict:
-        """5: METRICS, mean and standard deviation over ΔW_i's matrices, mean over Gaussian ones of the same norms."""
-        sigmas, null = self.sigmas(i), self.gaussians()
-        rows = [spectral_metrics(sigma) for sigma in sigmas.values()]
-        gaussian = [spectral_metrics(null[name] * sigma.norm()) for name, sigma in sigmas.items()]
-        return {m: {"mean": float(np.mean([row[m] for row in rows])), "sd": float(np.std([row[m] for row in rows])),
-                    "gaussian": float(np.mean([row[m] for row in gaussian]))} for m in METRICS}
-
-    def alignment(self, i, j):
-        """6: ‖U_k(i)ᵀ U_k(j)‖_F² / k at k = 1..20, mean over matrices and over left and right vectors: (20,)."""
-        pairs = [(svds[i], svds[j]) for svds in self.svd.values() if svds[i][1][0] > 0 and svds[j][1][0] > 0]
-        return np.mean([[(basis_alignment(U_i, U_j, k) + basis_alignment(Vh_i.T, Vh_j.T, k)) / 2 for k in KS]
-                        for (U_i, _, Vh_i), (U_j, _, Vh_j) in pairs], axis=0)
+BLOCK = 2 ** 24                                               # numbers read at a time: 300 MB
+KL_ANSWERS = 100                                              # so many of the answers give the KL
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)                       # fractions of an update
+KS = range(1, 21)                                             # leading directions, as in the paper
+TOP = (1, 5, 10, 25, 50, 100)                                 # % of a matrix's directions
+BOTTOM = (50, 75, 90, 95, 99)
+BETAS = (0.0, 0.4, 0.8, 1.0, 1.2, 1.6)                        # 1: an early update at ΔW_T's norm
+T_95 = (12.706, 4.303, 3.182, 2.776)                          # Student's t, 1 to 4 degrees
 
 
-def cosines(gram, i, j) -> tuple[float, float]:
-    """6: cos(ΔW_i, ΔW_j), which rises by construction, and cos(ΔW_i, W_j - W_i), the way not yet gone; 0 if none is."""
-    rest = gram[j, j] - 2 * gram[i, j] + gram[i, i]          # ‖W_j - W_i‖²
-    return ((gram[i, j] / (gram[i, i] * gram[j, j]).sqrt()).item(),
-            ((gram[i, j] - gram[i, i]) / (gram[i, i] * rest).sqrt()).item() if rest > 1e-12 * gram[j, j] else 0.0)
+# ------------------------------------------------------------------------------------------------
+# Statistics.
+
+def interval(values) -> dict:
+    """Mean and 95% Student t interval of n values: {mean, low, high, n}.
+
+    values: numbers; lists of them, whose mean is a list; or dicts of either, {key: interval} then.
+    None is no value. low and high are None where n < 2.
+    """
+    if values and isinstance(values[0], dict):
+        return {key: interval([value[key] for value in values]) for key in values[0]}
+    values = np.array([value for value in values if value is not None], dtype=float)
+    n = len(values)
+    if n < 2:
+        return dict(mean=values[0].tolist() if n else None, low=None, high=None, n=n)
+    df = n - 1
+    expansion = 1.96 + 2.372 / df + 2.823 / df ** 2 + 2.556 / df ** 3            # right to .2%
+    t = T_95[df - 1] if df <= len(T_95) else expansion
+    mean, half = values.mean(0), t * values.std(0, ddof=1) / n ** 0.5
+    return dict(mean=mean.tolist(), low=(mean - half).tolist(), high=(mean + half).tolist(), n=n)
 
 
-def principal_components(gram):
-    """9: PCA of points given by their inner products (n, n) -> coordinates (n, n), shares of the variance (n,)."""
-    gram = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()        # as if the points had been centred
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    return vectors * values.sqrt(), values / values.sum()
+def say(numbers: dict, key: str) -> str:
+    """ "OPD 0.52 ± 0.03, RL 0.47" of {label: {key: interval}}; one number if all are the same."""
+    words = {}
+    for label, stats in numbers.items():
+        s = stats[key]
+        words[label] = "-" if s["mean"] is None else f"{s['mean']:.3g}"
+        if s["n"] > 1 and s["high"] > s["mean"]:
+            words[label] += f" ± {s['high'] - s['mean']:.2g}"
+    if len(set(words.values())) == 1:
+        return words.popitem()[1]
+    return ", ".join(f"{label} {word}" for label, word in words.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Runs, and interventions on them: weights and updates as dicts of tensors by name.
-
-@dataclass(eq=False)
-class Run:
-    label: str                 # the same for all seeds
-    directory: Path
-    steps: list                # of its checkpoints, the base left out
-    points: range              # their places among the N
-    measured: dict = field(default_factory=dict)             # intervention: (accuracy, KL)
-
-    @property
-    def last(self):
-        return self.points[-1]
-
-    @property
-    def early(self):           # the checkpoint nearest to 10% of training
-        return min(range(len(self.steps)), key=lambda i: abs(self.steps[i] - 0.1 * self.steps[-1]))
-
-    def at(self, i):           # (accuracy, KL) of the run's checkpoint i
-        return self.measured["step", self.steps[i]]
-
-    def accuracy(self, *what):
-        return self.measured[what][0]
-
-    @property
-    def final(self):
-        return self.at(-1)[0]
+def percent(a, b) -> float | None:
+    """a in % of b; None where b is not positive."""
+    return 100 * a / b if b > 0 else None
 
 
-def add(base, update, alpha=1.0) -> dict:
-    """1: base + α update; what the update does not name stays at the base."""
-    return {name: w + alpha * update[name] if name in update else w for name, w in base.items()}
+# ------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+class Checkpoint:
+    """A checkpoint in Hugging Face format: a tensor's rows are read when they are asked for.
+
+    shapes: {name: shape} of its tensors; a head that is the embedding stored again is left out.
+    matrices: names of the two-dimensional weights of attention and MLP. embedding: that of tokens.
+    """
+
+    def __init__(self, directory):
+        self.directory, self.slices = Path(directory), {}
+        for path in weight_files(self.directory):
+            try:
+                file = safe_open(path, framework="pt")        # maps the file, reads nothing yet
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+            self.slices |= {name: file.get_slice(name) for name in file.keys()}
+        self.shapes = {name: tuple(rows.get_shape()) for name, rows in self.slices.items()
+                       if rows.get_shape()}
+        self.matrices = [name for name, shape in self.shapes.items()
+                         if len(shape) == 2 and role_of(name) in ("attention", "mlp")]
+        embeddings = [name for name in self.shapes if role_of(name) == "embedding"]
+        self.embedding = next((name for name in embeddings if "wpe" not in name), None)
+        for head in [name for name in self.shapes if role_of(name) == "head"]:
+            if self.is_embedding(head):
+                del self.shapes[head]                         # one entry per storage
+
+    def read(self, name, rows=slice(None)):
+        """Rows of a tensor, in float32."""
+        return self.slices[name][rows].float()
+
+    def weights(self) -> dict:
+        return {name: self.read(name) for name in self.shapes}
+
+    def is_embedding(self, head) -> bool:
+        return self.shapes.get(self.embedding) == self.shapes[head] and all(
+            torch.equal(self.read(head, rows), self.read(self.embedding, rows))
+            for rows in row_blocks(self.shapes[head]))
 
 
-def in_window(name, layer, reach, part) -> bool:
-    """3: whether a matrix is of this part ("mlp" or "attention") of layers layer - reach .. layer + reach."""
-    own = "attention" if "attn" in name or "attention" in name else "mlp"
-    return own == part and abs(module_of(name)[0] - layer) <= reach
+def role_of(name: str) -> str:
+    """attention, mlp, embedding, head, norm or other, by the name of a weight or a bias."""
+    kind = module_of(re.sub("bias$", "weight", name))[1]
+    if kind in ("norm", "embedding", "head"):
+        return kind
+    for role, scope in (("mlp", "mlp"), ("attention", "attention+mlp")):
+        if any(word in name.lower() for word in SCOPES[scope]):
+            return role
+    return "other"
 
 
-def window(update, layer, reach, part) -> dict:
-    return {name: d for name, d in matrices(update).items() if in_window(name, layer, reach, part)}
+def row_blocks(shape, copies=1):
+    """Slices of rows: in so many copies, each has about BLOCK numbers."""
+    step = max(1, BLOCK // (copies * math.prod(shape[1:])))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def check(base, points):
+    """ValueError unless all have the same tensors; warnings of what makes numbers doubtful."""
+    for point in points:
+        for name in sorted(base.shapes.keys() | point.shapes.keys()):
+            a, b = base.shapes.get(name, "missing"), point.shapes.get(name, "missing")
+            if a != b:
+                raise ValueError(f"{name} is {a} in {base.directory} and {b} in {point.directory}")
+    if not base.matrices:
+        raise ValueError(f"{base.directory} has no attention or MLP weights with names we know")
+    types = {rows.get_dtype() for point in (base, *points) for rows in point.slices.values()}
+    if types & {"BF16", "F16", "F8_E4M3", "F8_E5M2"}:
+        warn("these checkpoints are in half precision or less: where updates are small, ΔW is "
+             "mostly rounding; analyse float32 checkpoints")
+    unknown = [name for name in base.shapes if role_of(name) == "other"]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        warn(f"names that are not understood, counted as \"other\": {', '.join(unknown[:5])}{more}")
+
+
+# ------------------------------------------------------------------------------------------------
+# One pass over the weights of a run's checkpoints.
+
+class Trajectory:
+    """A run's S checkpoints after W_0, at steps t = steps[i], and what is kept of their ΔW_t.
+
+    gram              <ΔW_s, ΔW_t>, (S, S) float64; norms and cosines come from it
+    squares           {name: ‖ΔW_T‖² of this tensor}
+    sigmas            {name of a matrix: S times its singular values (r,)}, of those that moved
+    alignment         `alignment` of ΔW_t with ΔW_T, mean over matrices: S numbers
+    embedding_cosine  cosine of W_0's and W_T's embedding rows, mean over those that moved
+    end               [accuracy, KL to the teacher] of W_T, where these are known
+
+    In memory at once: a block of rows of all checkpoints, or the SVDs of one matrix.
+    """
+
+    def __init__(self, base: Checkpoint, points: list, steps: list):
+        self.points, self.steps, self.end = points, steps, None
+        self.gram, self.squares, self.sigmas, self.embedding_cosine = 0.0, {}, {}, 1.0
+        aligned = [[] for _ in points]
+        for name, shape in tqdm(base.shapes.items(), f"weights of {points[-1].directory}"):
+            gram, cosines, moved = 0.0, 0.0, 0
+            for rows in row_blocks(shape, len(points)):
+                w_0 = base.read(name, rows)                                      # (rows, ...)
+                deltas = torch.stack([point.read(name, rows) - w_0 for point in points])
+                flat = deltas.flatten(1).double()                                # (S, numbers)
+                gram += flat @ flat.T                                            # (S, S)
+                if name == base.embedding:
+                    in_use = deltas[-1].any(-1)                                  # (rows,)
+                    cosine = F.cosine_similarity(w_0, w_0 + deltas[-1], dim=-1)  # (rows,)
+                    cosines += cosine[in_use].sum().item()
+                    moved += in_use.sum().item()
+            if moved:
+                self.embedding_cosine = cosines / moved
+            self.gram += gram
+            self.squares[name] = gram[-1, -1].item()
+            if name in base.matrices and self.squares[name]:
+                w_0 = base.read(name)
+                svds = [leading(point.read(name) - w_0) for point in points]
+                self.sigmas[name] = [sigma for _, sigma, _ in svds]
+                for values, svd in zip(aligned, svds):
+                    values.append(alignment(svd, svds[-1]))
+        if not self.sigmas:
+            raise ValueError(f"{points[-1].directory} has the base's matrices: they did not move")
+        self.alignment = [fmean(values) for values in aligned]
+        self.norms = self.gram.diagonal().sqrt()                                 # ‖ΔW_t‖_F: (S,)
+        self.progress = [step / steps[-1] for step in steps]                     # t / T
+        distances = [abs(progress - 0.1) for progress in self.progress]
+        self.early = distances.index(min(distances))          # the checkpoint near 10% of training
+
+
+def leading(matrix):
+    """Its SVD: U (m, 20), all singular values (r,), V (n, 20)."""
+    U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :max(KS)].clone(), sigma, Vh[:max(KS)].T.clone()     # clones: the rest is freed
+
+
+def alignment(a, b) -> float:
+    """6: ‖U_kᵀU_k'‖_F² / k of two SVDs, mean over k = 1..20 and over left and right vectors."""
+    return (basis_alignment(a[0], b[0], KS) + basis_alignment(a[2], b[2], KS)) / 2
+
+
+def cosines(gram):
+    """6: cos(ΔW_t, ΔW_T), which rises by construction, and cos(ΔW_t, W_T - W_t): (S,) each."""
+    squares, products, end = gram.diagonal(), gram[:, -1], gram[-1, -1]          # (S,), (S,), ()
+    left = (squares - 2 * products + end).clamp(min=0)                           # ‖W_T - W_t‖²
+    to_end = products / (squares * end).sqrt().clamp(min=1e-30)
+    to_rest = (products - squares) / (squares * left).sqrt().clamp(min=1e-30)
+    return to_end, to_rest.where(left > 1e-12 * end, 0.0)
+
+
+def in_two_components(gram) -> float:
+    """9: % of the variance of W_0 and the W_t that their first two principal components have."""
+    gram = F.pad(gram, (1, 0, 1, 0))                          # W_0, whose update is 0
+    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    variances = torch.linalg.eigvalsh(centred)
+    return 100 * (variances[-2:].sum() / variances.sum()).item()
+
+
+@cache
+def gaussian_sigma(shape):
+    """Singular values (r,) of a Gaussian matrix of norm 1: what no structure looks like."""
+    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    return sigma / sigma.norm()
+
+
+@cache
+def walk_alignment(shape, steps) -> list:
+    """6: `alignment` with its end, at these steps, of a random walk in matrices of this shape."""
+    generator, position, svds = torch.Generator().manual_seed(0), torch.zeros(shape), []
+    for before, now in zip((0, *steps), steps):
+        position = position + torch.randn(shape, generator=generator) * (now - before) ** 0.5
+        svds.append(leading(position))
+    return [alignment(svd, svds[-1]) for svd in svds]
+
+
+# ------------------------------------------------------------------------------------------------
+# What the questions are asked of, and interventions: weights and updates are dicts by name.
+
+class Study:
+    """methods: {label: its Trajectories, one for each seed}. Without a task: from weights alone.
+
+    w_0: W_0's weights. start: its [accuracy, KL to the teacher].
+    """
+
+    def __init__(self, base, methods, task=None, model=None, teacher=None, problems=()):
+        self.base, self.methods, self.task = base, methods, task
+        self.model, self.teacher, self.problems = model, teacher, problems
+        self.runs = [run for runs in methods.values() for run in runs]
+        self.w_0, self.start = None, [None, None]
+        if task:
+            self.w_0 = base.weights()
+            self.start = self.assess({})
+            for run in self.runs:
+                run.end = self.assess(self.update(run))
+
+    def update(self, run, i=-1) -> dict:
+        """ΔW_t of one of a run's checkpoints, read from disk."""
+        return {name: w - self.w_0[name] for name, w in run.points[i].weights().items()}
+
+    @torch.no_grad()
+    def assess(self, update, alpha=1.0, temperature=1.0) -> list:
+        """[accuracy, KL(π || π*) in nats a token] of W_0 + α update; what it does not name stays.
+
+        Always under the same random numbers. The temperature divides the logits, for both.
+        """
+        for name, p in self.model.named_parameters():
+            p.copy_(self.w_0[name])
+            if name in update:
+                p += alpha * update[name].to(p.device)                           # W_0 + αΔW
+        right, answers = evaluate(self.model, self.task, self.problems, temperature=temperature)
+        parts, num_tokens = pack(self.task, self.problems[:KL_ANSWERS], answers[:KL_ANSWERS],
+                                 self.model.device)
+        kl = 0.0
+        for part in parts:
+            logits = self.model(part.inputs) / max(temperature, 1e-3)            # (b, T, V)
+            kl += reverse_kl(logits, self.teacher(part.inputs), part.mask, num_tokens).item()
+        return [right, kl]
+
+    def accuracy(self, update, alpha=1.0) -> float:
+        return self.assess(update, alpha)[0]
 
 
 def truncated(svds, percent, end) -> dict:
-    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of each matrix's directions."""
+    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of directions."""
     kept = {}
     for name, (U, sigma, Vh) in svds.items():
-        k = directions_in(percent, sigma)
+        k = max(1, round(percent / 100 * len(sigma)))
         part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
         kept[name] = U[:, part] * sigma[part] @ Vh[part]
     return kept
 
 
 def rescaled(early, final, beta) -> dict:
-    """8: ΔW_early · [1 + β (‖ΔW_T‖ / ‖ΔW_early‖ - 1)], tensor by tensor."""
-    return {name: d * (1 + beta * (final[name].norm() / d.norm() - 1)) if d.any() else d for name, d in early.items()}
+    """8: ΔW_t [1 + β (‖ΔW_T‖ / ‖ΔW_t‖ - 1)], tensor by tensor."""
+    stretched = {}
+    for name, d in early.items():
+        ratio = final[name].norm() / d.norm() if d.any() else 1.0
+        stretched[name] = d * (1 + beta * (ratio - 1))
+    return stretched
 
 
-def interventions(base, delta_at, svds, run, common_norm, num_layers) -> dict:
-    """{what: function that makes the weights to be measured}. delta_at(i): reads ΔW of the run's checkpoint i."""
-    final = delta_at(len(run.steps) - 1)                     # the only one that stays in memory
-    trained = add(base, final)
-    jobs = {("step", step): lambda i=i: add(base, delta_at(i)) for i, step in enumerate(run.steps)}
-    jobs |= {("alpha", alpha): partial(add, base, final, alpha) for alpha in ALPHAS}             # 1: W_0 + αΔW_T
-    for part in ("mlp", "attention"):
-        for layer in range(num_layers):                                                          # 3: W_0 + ΔW_window
-            piece = window(final, layer, window_reach(num_layers), part)
-            jobs["inject", part, layer] = partial(add, base, piece)
-            jobs["leave out", part, layer] = partial(add, trained, piece, -1.0)                  # W_T - ΔW_window
-    rest = {name: d for name, d in final.items() if module_of(name)[1] not in ("embedding", "head")}
-    jobs["embeddings back",] = partial(add, base, rest)                                          # 4
-    jobs |= {("top", k): lambda k=k: add(base, scaled_to(truncated(svds, k, "top"), common_norm)) for k in TOP}    # 7
-    jobs |= {("bottom", k): lambda k=k: add(base, truncated(svds, k, "bottom")) for k in BOTTOM}
-    jobs |= {("early", run.steps[i], beta): lambda i=i, beta=beta: add(base, rescaled(delta_at(i), final, beta))
-             for i in {0, run.early} for beta in BETAS}                                          # 8
-    return jobs
+# ------------------------------------------------------------------------------------------------
+# The questions. Measured of a run: numbers are said, lists and dicts drawn, as means over seeds.
+
+def measure_norm_scaling(study, run):
+    update, norm = study.update(run), run.norms[-1].item()
+    norms = [alpha * norm for alpha in ALPHAS]                                   # ‖αΔW_T‖_F
+    accuracies = [study.accuracy(update, alpha) for alpha in ALPHAS]             # W_0 + αΔW_T
+    smallest = min(other.norms[-1].item() for other in study.runs)
+    return {"norms": norms, "accuracies": accuracies, "equal norm": smallest,
+            "accuracy there": float(np.interp(smallest, norms, accuracies))}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# A study: all that the questions are asked of.
-
-class Study(NamedTuple):
-    """`study_runs` makes it: reads the weights, measures every intervention, picks checkpoints to compare."""
-    weights: Weights
-    runs: list                 # of Run
-    base: tuple                # (accuracy, KL) of the base; () from weights alone
-    noise: tuple               # the same of a Gaussian update, of the norm that 7 scales to
-    picks: dict                # "end", "equal steps", "equal norm", "equal accuracy": {run: the point nearest to it}
-    out_dir: Path
-
-    @property
-    def groups(self) -> dict:
-        """{label: its Runs}, in order."""
-        labels = dict.fromkeys(run.label for run in self.runs)
-        return {label: [run for run in self.runs if run.label == label] for label in labels}
-
-    @property
-    def longest(self) -> Run:
-        return max(self.runs, key=lambda run: run.steps[-1])
-
-    def each(self, f) -> dict:
-        """{label: {mean, half of the 95% interval, n} of f(run) over seeds}."""
-        return {label: interval([f(run) for run in group]) for label, group in self.groups.items()}
-
-    @property
-    def target(self) -> float:
-        """An accuracy that all methods reach."""
-        return min(s["mean"] for s in self.each(lambda run: run.final).values())
-
-    def compared(self, f) -> dict:
-        """{pick: `each` of f(point)}."""
-        return {pick: self.each(lambda run: f(point[run])) for pick, point in self.picks.items()}
-
-    def every(self, f) -> dict:
-        """{directory: f(run)}, for analysis.json."""
-        return {run.directory.as_posix(): f(run) for run in self.runs}
+def draw_norm_scaling(numbers, path):
+    with canvas(path, "1. Which method gains more accuracy for the distance it moves?",
+                ("‖αΔW$_T$‖$_F$", "accuracy of W$_0$ + αΔW$_T$")) as (axis,):
+        draw_curves(axis, numbers, "norms", "accuracies")
+        axis.axvline(common(numbers, "equal norm"), **CHANCE, label="equal norm")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The nine questions. Each draws its figure and returns (numbers, what these runs say).
-
-def norm_scaling(study):
-    """1: accuracy of W_0 + αΔW_T, against α and against ‖αΔW_T‖_F."""
-    alphas, size = np.array([0.0, *ALPHAS, 1.0]), {run: study.weights.norm(run.last) for run in study.runs}
-    smallest, target = min(size.values()), study.target
-
-    def ys(run):
-        return [study.base[0], *(run.accuracy("alpha", alpha) for alpha in ALPHAS), run.final]
-
-    figure, axes = canvas("1. Accuracy per unit of update norm: the higher on the right, the more for its norm",
-                          ("along the update", "α", "accuracy of W$_0$ + αΔW"),
-                          ("against the distance moved", "‖αΔW‖$_F$", "accuracy"))
-    draw(axes[0], study, lambda run: (alphas, ys(run)))
-    draw(axes[1], study, lambda run: (alphas * size[run], ys(run)), named=True)
-    axes[1].axvline(smallest, color="grey", linestyle=":", label="equal norm")
-    axes[1].axhline(target, color="grey", linestyle="--", linewidth=1, label="equal accuracy")
-    save(figure, study.out_dir / "1_norm_scaling.png")
-    at_norm = study.each(lambda run: float(np.interp(smallest, alphas * size[run], ys(run))))
-    to_accuracy = study.each(lambda run: crossing(alphas * size[run], ys(run), target))
-    return (dict(norm=study.each(size.get), equal_norm=smallest, equal_accuracy=target, accuracy_at_equal_norm=at_norm,
-                 norm_to_equal_accuracy=to_accuracy),
-            f"accuracy at norm {smallest:.2f}: {say(at_norm)}; norm to accuracy {target:.2f}: {say(to_accuracy)}")
+def measure_update_norms(study, run):
+    """% of ‖ΔW_T‖² and of the parameters; by module and layer the ratio of the two, a density."""
+    sizes = {name: math.prod(shape) for name, shape in study.base.shapes.items()}
+    by_role, by_chance = shares(run.squares, role_of), shares(sizes, role_of)
+    numbers = {}
+    for role, share in by_role.items():
+        numbers |= {f"% in {role}": share, f"% of parameters ({role})": by_chance[role]}
+    for i, key in enumerate(("layer", "module")):
+        own = shares(run.squares, lambda name: module_of(name)[i])
+        by_chance = shares(sizes, lambda name: module_of(name)[i])
+        numbers[key] = {str(group): own[group] / by_chance[group] for group in own
+                        if group is not None}
+    return numbers
 
 
-def update_norms(study):
-    """2: ‖ΔW_T of a layer's module‖² / ‖ΔW_T‖²; by chance, as many % as it has of the parameters."""
-    weights, layers = study.weights, study.weights.num_layers
-    shares = {run: weights.norm_shares(run.last) for run in study.runs}
-    top = 100 * max(share for of in shares.values() for (layer, _), share in of.items() if layer is not None)
-    figure, axes = canvas("2. Share of ‖ΔW‖² by layer and module, in %: where did each method put its update?",
-                          *((label.replace(", ", "\n"), "", "layer") for label in study.groups),
-                          height=1.8 + 0.16 * max(6, layers))
-    for axis, group in zip(axes, study.groups.values()):
-        table = np.array([[100 * np.mean([shares[run][layer, module] for run in group]) for module in MODULES]
-                          for layer in range(layers)])
-        image = heatmap(axis, table, top)
-        axis.set_xlabel(f"embedding {100 * np.mean([shares[run][None, 'embedding'] for run in group]):.1f}%")
-    figure.colorbar(image, ax=axes, label="% of ‖ΔW‖²", shrink=0.8)
-    save(figure, study.out_dir / "2_update_norms.png")
-    in_mlp = study.compared(lambda i: 100 * sum(v for (_, m), v in weights.norm_shares(i).items() if m in MLP))
-    embedding = study.compared(lambda i: 100 * weights.norm_shares(i)[None, "embedding"])
-    sizes = {name: math.prod(shape) for name, shape in weights.shape.items()}
-    null = 100 * sum(n for name, n in sizes.items() if module_of(name)[1] in MLP) / sum(sizes.values())
-    share = study.every(lambda run: {f"{layer} {m}".removeprefix("None "): v for (layer, m), v in shares[run].items()})
-    return (dict(mlp_percent=in_mlp, mlp_percent_of_parameters=null, embedding_percent=embedding, share=share),
-            f"% of ‖ΔW‖² in the MLPs ({null:.0f} of the parameters): {say(in_mlp['end'], '{:.0f}')}; in the embedding: "
-            f"{say(embedding['end'], '{:.1f}')}")
+def shares(values: dict, group_of) -> dict:
+    """% of the sum of {name: value} that each group of names has."""
+    groups, whole = defaultdict(float), sum(values.values())
+    for name, value in values.items():
+        groups[group_of(name)] += 100 * value / whole
+    return groups
 
 
-def utility(study):
-    """3: gain, accuracy of W_0 + ΔW_window less that of W_0; gain / ‖ΔW_window‖_F; loss, from W_T to W_T - ΔW_window.
+def draw_update_norms(numbers, path):
+    with canvas(path, "2. Where is the update? Its share of ‖ΔW$_T$‖² over that of the parameters",
+                ("module", "density"), ("layer", "density")) as axes:
+        for axis, key in zip(axes, ("module", "layer")):
+            nested = {label: stats[key] for label, stats in numbers.items()}
+            draw_bars(axis, nested, {group: group for group in next(iter(nested.values()))})
+            axis.axhline(1, **CHANCE, label="by chance")
 
-    And the share of ‖ΔW_T‖² that sits in the half of the windows with the lowest gain per norm.
+
+def measure_utility(study, run):
+    """Of windows of layers: accuracy gained by W_0 + ΔW_window, per ‖ΔW_window‖_F, their utility;
+    accuracy lost by W_T - ΔW_window.
     """
-    weights, layers = study.weights, study.weights.num_layers
-    reach, places = window_reach(layers), [(part, layer) for part in ("mlp", "attention") for layer in range(layers)]
-
-    def sizes(run, reach):                                    # (places,)
-        return np.array([weights.norm(run.last, [name for name in weights.svd if in_window(name, layer, reach, part)])
-                         for part, layer in places])
-
-    def accuracies(run, what):                                # (places,)
-        return np.array([run.accuracy(what, *place) for place in places])
-
-    gain = {run: accuracies(run, "inject") - study.base[0] for run in study.runs}
-    worth = {run: gain[run] / np.maximum(sizes(run, reach), 1e-30) for run in study.runs}         # 0: not moved
-    loss = {run: run.final - accuracies(run, "leave out") for run in study.runs}
-    span = f"{2 * reach + 1} layers" if reach else "one layer"
-    figure, axes = canvas(f"3. Utility of windows of {span}: inverted U? MLP (solid) above attention (dashed)?",
-                          *((name, "centre of the window, layer", y) for name, y in (
-                              ("inject only", "accuracy gained"), ("the same, per norm", "accuracy / ‖ΔW‖$_F$"),
-                              ("leave one out", "accuracy lost"))))
-    for axis, of in zip(axes, (gain, worth, loss)):
-        draw(axis, study, lambda run: (range(layers), of[run][:layers]), named=of is gain)
-        draw(axis, study, lambda run: (range(layers), of[run][layers:]), dashed=True)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(0, layers, 1 if layers <= 12 else 4))
-    save(figure, study.out_dir / "3_utility.png")
-    low = np.mean(list(worth.values()), axis=0).argsort(kind="stable")[:layers]       # one ranking for all methods
-    in_low = study.each(lambda run: 100 * sum(sizes(run, 0)[low] ** 2) / weights.norm(run.last, weights.svd) ** 2)
-    mlp, attention = study.each(lambda run: max(gain[run][:layers])), study.each(lambda run: max(gain[run][layers:]))
-    return (dict(window=2 * reach + 1, percent_in_low_utility=in_low, best_mlp=mlp, best_attention=attention,
-                 low_utility=[places[i] for i in low], gain_per_norm=study.every(lambda run: worth[run].tolist())),
-            f"best window, MLP: {say(mlp)}; attention: {say(attention)}; % of ‖ΔW‖² in the low-utility half: "
-            f"{say(in_low, '{:.0f}')}")
+    layer_of = {name: module_of(name)[0] for name in study.base.matrices}
+    num_layers = 1 + max(layer_of.values())
+    reach = max(0, round((0.45 * num_layers - 1) / 2))        # the paper's: 8, of 28 to 48 layers
+    update, values = study.update(run), defaultdict(list)
+    for role in ("mlp", "attention"):
+        for layer in range(num_layers):
+            window = {name: update[name] for name in layer_of if role_of(name) == role
+                      and abs(layer_of[name] - layer) <= reach}
+            rest = {name: d for name, d in update.items() if name not in window}
+            gained = study.accuracy(window) - study.start[0]
+            norm = get_total_norm(window.values()).item()
+            values[f"{role} utility"].append(gained / norm if norm else 0.0)
+            values[f"{role} lost"].append(run.end[0] - study.accuracy(rest))
+        values[f"best utility of {role}"] = max(values[f"{role} utility"])
+    return values | {"layers": list(range(num_layers)), "layers in a window": 2 * reach + 1}
 
 
-def embeddings(study):
-    """4: 1 - cos(row of E_0, row of E_t), mean over rows that moved; accuracy of W_T with W_0's embedding and head."""
-    cosine = study.weights.embedding_cosine
-    numbers = dict(cosine=study.compared(lambda i: cosine[i]))
-    here = f"cosine {say(numbers['cosine']['end'], '{:.4f}')}"
-    panels = [("base and trained rows", "optimiser step", "1 - cosine, mean over rows in use"),
-              ("the base's embeddings put back (pale: as trained)", "", "accuracy")]
-    figure, axes = canvas("4. Embeddings: they hardly matter if the left is small and the bars on the right are equal",
-                          *panels[:2 if study.base else 1])
-    draw(axes[0], study, lambda run: (run.steps, [1 - cosine[i] for i in run.points]), named=True)
-    axes[0].set_xscale("log", base=2)
-    if study.base:
-        trained, back = study.each(lambda run: run.final), study.each(lambda run: run.accuracy("embeddings back"))
-        bars(axes[1], trained, offset=-0.2, alpha=0.4)
-        bars(axes[1], back, offset=0.2)
-        axes[1].axhline(study.base[0], color="grey", linestyle=":", label="base")
-        numbers |= dict(accuracy_as_trained=trained, accuracy_with_base_embeddings=back)
-        here += f"; accuracy with the base's put back: {say(back)} (as trained: {say(trained)})"
-    save(figure, study.out_dir / "4_embeddings.png")
-    return numbers, here
+def draw_utility(numbers, path):
+    x = f"layer: the middle of a window of {common(numbers, 'layers in a window'):.0f}"
+    with canvas(path, "3. Which layers' update is of use? (solid: MLP, dashed: attention)",
+                (x, "accuracy gained by it alone / ‖ΔW‖$_F$"),
+                (x, "accuracy lost without it")) as axes:
+        for axis, what in zip(axes, ("utility", "lost")):
+            draw_curves(axis, numbers, "layers", f"mlp {what}")
+            draw_curves(axis, numbers, "layers", f"attention {what}", style="--")
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def spectrum(study):
-    """5: ΔW_T's singular values σ, σ1 / ‖ΔW_T‖_F and effective rank exp(-Σ p log p), p = σ / Σσ; mean over matrices."""
-    weights, gaussian, grid = study.weights, study.weights.gaussians(), np.linspace(0, 1, 101)
-    rank = float(np.mean([len(sigma) for sigma in gaussian.values()]))
-    rows = {i: weights.spectra(i) for point in study.picks.values() for i in point.values()}
-    table = {metric: {what: study.compared(lambda i: rows[i][metric][what]) for what in ("mean", "sd", "gaussian")}
-             for metric in METRICS}
-
-    def level(of):                                            # mean over matrices of any rank: (101,)
-        return np.mean([np.interp(grid, np.linspace(0, 1, len(s)), s / s.norm()) for s in of.values()], axis=0)
-
-    other = list(study.picks)[-1]                             # equal accuracy; from weights alone the end itself
-    figure, axes = canvas("5. Spectra of ΔW, concentrated: steep on the left, high in the middle, low on the right",
-                          ("singular values, mean over matrices", "i / r", "σ$_i$ / ‖ΔW‖$_F$"),
-                          (f"spectral ratio (pale: {other})", "", "σ$_1$ / ‖ΔW‖$_F$"),
-                          (f"effective rank (pale: {other})", "", f"exp(entropy of σ), of {rank:.0f}"))
-    axes[0].set_yscale("log")
-    draw(axes[0], study, lambda run: (grid, level(weights.sigmas(run.last))), named=True, marker="")
-    axes[0].plot(grid, level(gaussian), "k:", label="Gaussian")
-    axes[0].set_ylim(bottom=1e-3)
-    null = {metric: table[metric]["gaussian"]["end"][study.runs[0].label]["mean"] for metric in METRICS}
-    for axis, metric, form in ((axes[1], "spectral_ratio", "{:.2f}"), (axes[2], "effective_rank", "{:.0f}")):
-        bars(axis, table[metric]["mean"]["end"], form, offset=-0.2)
-        bars(axis, table[metric]["mean"][other], form, offset=0.2, alpha=0.4)
-        axis.axhline(null[metric], color="black", linestyle=":", label="Gaussian")
-    save(figure, study.out_dir / "5_spectra.png")
-    ratio, effective = table["spectral_ratio"]["mean"], table["effective_rank"]["mean"]
-    return (dict(mean_rank=rank) | table,
-            f"σ1/‖ΔW‖ {say(ratio['end'])}; effective rank of {rank:.0f}: {say(effective['end'], '{:.0f}')} (Gaussian "
-            f"{null['effective_rank']:.0f}); at {other}: {say(ratio[other])}; {say(effective[other], '{:.0f}')}")
+def measure_embeddings(study, run):
+    """How far rows have turned; accuracy of W_T with W_0's embedding and head put back."""
+    numbers = {"1 - cosine": 1 - run.embedding_cosine}
+    if study.task:
+        rest = {name: d for name, d in study.update(run).items()
+                if role_of(name) not in ("embedding", "head")}
+        numbers |= {"accuracy": run.end[0], "with the base's": study.accuracy(rest),
+                    "of the base": study.start[0]}
+    return numbers
 
 
-def directions(study):
-    """6: `alignment` of ΔW_t with ΔW_T, and the two `cosines`, at every checkpoint t; beside a random walk's."""
-    weights, gram = study.weights, sum(study.weights.gram.values())
-    by_k = {run: np.array([weights.alignment(i, run.last) for i in run.points]) for run in study.runs}   # (steps, 20)
-    end, rest = ({run: [cosines(gram, i, run.last)[to] for i in run.points] for run in study.runs} for to in (0, 1))
-    longest, early = study.longest, study.longest.early
-    walk = walk_alignment([weights.shape[name] for name in weights.svd], longest.steps)                  # (steps, 20)
-    walk_end = np.sqrt(np.array(longest.steps) / longest.steps[-1])              # a random walk's E cos = sqrt(t / T)
-    figure, axes = canvas("6. Is the final direction there early? Yes if above the random walk, and dashed above 0",
-                          ("subspaces of ΔW$_t$ and ΔW$_T$, k = 1..20", "optimiser step t", "mean squared cosine"),
-                          ("the same at 10% of training", "k leading directions", "mean squared cosine"),
-                          ("to the end (dashed: to what is left)", "optimiser step t", "cosine of ΔW$_t$"))
-    draw(axes[0], study, lambda run: (run.steps, by_k[run].mean(1)), named=True)
-    draw(axes[1], study, lambda run: (KS, by_k[run][run.early]))
-    draw(axes[2], study, lambda run: (run.steps, end[run]))
-    draw(axes[2], study, lambda run: (run.steps[:-1], rest[run][:-1]), dashed=True)
-    axes[0].plot(longest.steps, walk.mean(1), "k:", label="random walk")
-    axes[1].plot(KS, walk[early], "k:")
-    axes[2].plot(longest.steps, walk_end, "k:")
-    axes[2].axhline(0, color="black", linewidth=0.8)
-    for axis in axes[::2]:
-        axis.set_xscale("log", base=2)
-    save(figure, study.out_dir / "6_alignment.png")
-    aligned, to_end, to_rest = (study.each(lambda run: float(np.mean(of[run][run.early]))) for of in (by_k, end, rest))
-    runs = study.every(lambda run: dict(steps=run.steps, alignment_by_k=by_k[run].tolist(),
-                                        cosine_to_the_end=end[run], cosine_to_the_rest=rest[run]))
-    null = dict(steps=longest.steps, alignment_by_k=walk.tolist(), cosine_to_the_end=walk_end.tolist())
-    return (dict(alignment=aligned, cosine_to_the_end=to_end, cosine_to_the_rest=to_rest, random_walk=null, runs=runs),
-            f"near 10% of training (step {longest.steps[early]}): alignment {say(aligned)} (random walk "
-            f"{walk[early].mean():.2f}); cosine to the end {say(to_end)} (random walk {walk_end[early]:.2f}), to what "
-            f"is left {say(to_rest)} (random walk 0)")
+def draw_embeddings(numbers, path):
+    panels = [("", "1 - cosine of embedding rows in use, mean"), ("", "accuracy")]
+    known = "accuracy" in next(iter(numbers.values()))
+    with canvas(path, "4. Do the embeddings matter? Not if putting the base's back costs nothing",
+                *panels[:1 + known]) as axes:
+        draw_bars(axes[0], numbers, {"": "1 - cosine"}, form="{:.4f}")
+        for axis in axes[1:]:
+            bars = {"as trained": "accuracy", "base's put back": "with the base's"}
+            draw_bars(axis, numbers, bars, form="{:.2f}")
+            axis.axhline(common(numbers, "of the base"), **CHANCE, label="base")
 
 
-def low_rank(study):
-    """7: accuracy of W_0 + Σ σ_i u_i v_iᵀ over each matrix's leading k% (at the runs' smallest norm) or trailing k%."""
-    def kept(of):                                             # share of the norm in the top k%, mean over matrices
-        return [float(np.mean([s[:directions_in(k, s)].norm() / s.norm() for s in of.values()])) for k in TOP]
+def measure_spectra(study, run):
+    """`spectral_metrics` of every ΔW_t, mean over matrices, and those of Gaussian matrices."""
+    def mean_metrics(sigmas):
+        rows = [spectral_metrics(sigma) for sigma in sigmas]
+        return {metric: fmean(row[metric] for row in rows) for metric in METRICS}
 
-    def gained(run, k):
-        return run.accuracy("top", k) - study.base[0]
-
-    figure, axes = canvas("7. Singular directions: do the top 10% of them do the work of all, and the others none?",
-                          ("top k%, scaled to one norm for all", "k, % of the directions", "accuracy"),
-                          ("bottom k%, not scaled", "k, % of the directions", "accuracy"),
-                          ("norm in the top k%", "k, % of the directions", "‖ΔW$_k$‖ / ‖ΔW‖"))
-    draw(axes[0], study, lambda run: (TOP, [run.accuracy("top", k) for k in TOP]), named=True)
-    draw(axes[1], study, lambda run: (BOTTOM, [run.accuracy("bottom", k) for k in BOTTOM]))
-    draw(axes[2], study, lambda run: (TOP, kept(study.weights.sigmas(run.last))))
-    axes[2].plot(TOP, kept(study.weights.gaussians()), "k:", label="Gaussian")
-    axes[0].axhline(study.noise[0], color="black", linestyle=":", label="Gaussian")
-    axes[1].axhline(study.base[0], color="grey", linestyle="--", linewidth=1, label="base")
-    log_ticks(axes[::2], TOP)
-    save(figure, study.out_dir / "7_low_rank.png")
-    share = study.each(lambda run: 100 * run.accuracy("top", 10) / max(run.accuracy("top", 100), 1e-9))
-    gain = study.each(lambda run: 100 * gained(run, 10) / gained(run, 100) if gained(run, 100) > 0 else None)
-    rest = study.each(lambda run: run.accuracy("bottom", 90))
-    return (dict(gaussian_update=study.noise[0], top_10_of_accuracy=share, top_10_of_gain=gain, bottom_90=rest),
-            f"top 10% at equal norm, % of the accuracy: {say(share, '{:.0f}')}; of the gain: {say(gain, '{:.0f}')}; "
-            f"the other 90% alone: accuracy {say(rest)} (base {study.base[0]:.2f})")
+    points = [mean_metrics(sigmas) for sigmas in zip(*run.sigmas.values())]      # of every ΔW_t
+    null = mean_metrics([gaussian_sigma(study.base.shapes[name]) for name in run.sigmas])
+    numbers = {metric: [point[metric] for point in points] for metric in METRICS}
+    return numbers | {
+        "norms": run.norms.tolist(), "σ1/‖ΔW‖": points[-1]["spectral_ratio"],
+        "of a Gaussian": null["spectral_ratio"], "effective rank": points[-1]["effective_rank"],
+        "a Gaussian's": null["effective_rank"]}
 
 
-def early_rescaled(study):
-    """8: accuracy and KL(π || π*) of W_0 + ΔW_t [1 + β (‖ΔW_T‖ / ‖ΔW_t‖ - 1)], t near 10% of training, or the first."""
-    betas, one = [0.0, *BETAS], 1 + BETAS.index(1.0)
-
-    def ys(run, i, what):                                     # what: 0 accuracy, 1 KL
-        return [run.at(i)[what], *(run.measured["early", run.steps[i], beta][what] for beta in BETAS)]
-
-    figure, axes = canvas("8. An early update stretched to the final norm (β = 1): is it as good as the end (dotted)?",
-                          ("solid: ΔW at 10% of training; dashed: at step 1", "β", "accuracy"),
-                          ("the same (bands end at a tenth of the mean)", "β", "KL to the teacher, nats a token"))
-    axes[1].set_yscale("log")
-    for what, axis in enumerate(axes):
-        draw(axis, study, lambda run: (betas, ys(run, run.early, what)), named=what == 0)
-        draw(axis, study, lambda run: (betas, ys(run, 0, what)), dashed=True)
-        for i, s in enumerate(study.each(lambda run: run.at(-1)[what]).values()):
-            axis.axhline(s["mean"], color=f"C{i}", linestyle=":")
-    save(figure, study.out_dir / "8_early_rescaled.png")
-    share = study.each(lambda run: 100 * ys(run, run.early, 0)[one] / max(run.final, 1e-9))
-    first = study.each(lambda run: 100 * ys(run, 0, 0)[one] / max(run.final, 1e-9))
-    best = study.each(lambda run: betas[int(np.argmax(ys(run, run.early, 0)))])
-    kl = study.each(lambda run: ys(run, run.early, 1)[one])
-    runs = study.every(lambda run: dict(final=run.at(-1)) | {
-        str(run.steps[i]): dict(accuracy=ys(run, i, 0), kl=ys(run, i, 1)) for i in {0, run.early}})
-    return (dict(betas=betas, percent_of_final_accuracy=share, from_step_1=first, best_beta=best, kl=kl, runs=runs),
-            f"% of the final accuracy at β = 1, from 10% of training: {say(share, '{:.0f}')}; from step 1: "
-            f"{say(first, '{:.0f}')}; best β {say(best, '{:.1f}')}; KL {study.base[1]:.3f} at the base, then "
-            f"{say(kl, '{:.3f}')}")
+def draw_spectra(numbers, path):
+    x = "distance moved, ‖ΔW$_t$‖$_F$"
+    with canvas(path, "5. How concentrated is the update? The more, the farther from a Gaussian",
+                (x, "σ$_1$ / ‖ΔW$_t$‖$_F$, mean over matrices"),
+                (x, "effective rank of ΔW$_t$, mean over matrices")) as axes:
+        draw_curves(axes[0], numbers, "norms", "spectral_ratio")
+        draw_curves(axes[1], numbers, "norms", "effective_rank")
+        axes[0].axhline(common(numbers, "of a Gaussian"), **CHANCE, label="Gaussian matrix")
+        axes[1].axhline(common(numbers, "a Gaussian's"), **CHANCE)
 
 
-def paths(study):
-    """9: PCA of W_0 and the W_t of all runs; and of each run's own, the variance in its first two components."""
-    gram = F.pad(sum(study.weights.gram.values()), (1, 0, 1, 0))                 # with the base, ΔW = 0
-    on = {run: [0, *(i + 1 for i in run.points)] for run in study.runs}
-
-    def in_two(gram):
-        return 100 * principal_components(gram)[1][:2].sum().item()
-
-    steps = torch.tensor([0, *study.longest.steps]).double()
-    null = in_two(torch.minimum(steps[:, None], steps))                          # E <ΔW_s, ΔW_t> of a random walk
-    explained = study.each(lambda run: in_two(gram[on[run]][:, on[run]]))
-    coordinates, variance = principal_components(gram)                           # of all runs together
-    figure, axes = canvas("9. The paths: straight on the left, near 100% and above the random walk on the right",
-                          ("all runs, from the base (star)", f"first component ({100 * variance[0]:.0f}% of variance)",
-                           f"second component ({100 * variance[1]:.0f}%)"),
-                          ("variance of a run's own path", "", "% in two components"))
-    for i, group in enumerate(study.groups.values()):
-        for run in group:
-            axes[0].plot(*coordinates[on[run], :2].T, ".-", color=f"C{i}", label=run.label if run is group[0] else None)
-            axes[0].plot(*coordinates[run.last + 1, :2], "o", color=f"C{i}")
-    axes[0].plot(*coordinates[0, :2], "k*", markersize=12)
-    bars(axes[1], explained, "{:.0f}", width=0.8)
-    axes[1].axhline(null, color="black", linestyle=":", label="random walk")
-    save(figure, study.out_dir / "9_paths.png")
-    return (dict(explained_percent=explained, random_walk_percent=null,
-                 coordinates=study.every(lambda run: coordinates[on[run], :2].tolist())),
-            f"% of a path's variance in two components: {say(explained, '{:.0f}')} (random walk {null:.0f})")
+def measure_alignment(study, run):
+    """`alignment` and `cosines` of every ΔW_t, and those of a random walk."""
+    to_end, to_rest = cosines(run.gram)
+    walks = [walk_alignment(study.base.shapes[name], tuple(run.steps)) for name in run.sigmas]
+    walk = np.mean(walks, axis=0).tolist()
+    return {"progress": run.progress, "subspaces": run.alignment, "to end": to_end.tolist(),
+            "to rest": to_rest[:-1].tolist(), "walk subspaces": walk,
+            "walk to end": [progress ** 0.5 for progress in run.progress],
+            "walk to rest": [0.0] * (len(run.steps) - 1),
+            "near 10% of training, subspaces": run.alignment[run.early],
+            "of a random walk": walk[run.early],
+            "cosine to what is left": to_rest[run.early].item()}
 
 
-# ================================================================================================================
-# Appendix. The story ends here; what follows is to look things up in.
-# ================================================================================================================
-
-METHODS = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}                   # in the paper's order
-SEEDS = {"seed", "out_dir", "resume", "cache_dir", "device", "preset", "save_every", "keep_last", "eval_every",
-         "offload", "compile", "micro_batch_size", "rollout_batch_size", "gradient_checkpointing"}  # seeds may differ
-BLOCK = 2 ** 24                                              # numbers read at a time: some 300 MB
-KL_ANSWERS = 100                                             # a KL is measured on so many of an accuracy's answers
-DV_SIZES = (10, 25, 50, 100, 200, 400)                       # 10: problems in D_v
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Reading checkpoints and runs, and measuring.
-
-class Checkpoint:
-    """A Hugging Face checkpoint on disk, in one file or several: a tensor's rows are read when they are asked for."""
-
-    def __init__(self, directory):
-        self.directory, slices = Path(directory), {}
-        if not self.directory.is_dir():
-            raise ValueError(f"there is no directory {directory}")
-        for path in sorted(self.directory.glob("model*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")       # maps the file, reads nothing yet
-            except SafetensorError as error:
-                raise ValueError(f"{path}: {error}") from None
-            slices |= {name: file.get_slice(name) for name in file.keys()}
-        if not slices:
-            raise ValueError(f"{directory} holds no model*.safetensors: not a Hugging Face checkpoint")
-        config = self.directory / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
-            slices.pop("lm_head.weight", None)               # one entry per storage: the embedding is the head
-        self.slices = {name: s for name, s in slices.items() if s.get_dtype() in ("F32", "F64", "BF16", "F16")}
-        self.half = any(s.get_dtype() in ("BF16", "F16") for s in self.slices.values())
-
-    def shape(self, name):
-        return tuple(self.slices[name].get_shape()) if name in self.slices else "missing"
-
-    def read(self, name, start=0, stop=None):
-        """Rows start .. stop - 1 of a tensor, in float32."""
-        return self.slices[name][start:stop].float()
-
-    def weights(self) -> dict:
-        return {name: self.read(name) for name in self.slices}
+def draw_alignment(numbers, path):
+    with canvas(path, "6. Is the final direction there early? Yes, if above the random walk",
+                ("t / T", "leading subspaces of ΔW$_t$ and ΔW$_T$: cos²"),
+                ("t / T", "cos(ΔW$_t$, W$_T$ - W$_t$), what is left"),
+                ("t / T", "cos(ΔW$_t$, ΔW$_T$), rises anyhow")) as axes:
+        for axis, what in zip(axes, ("subspaces", "to rest", "to end")):
+            draw_curves(axis, numbers, "progress", what)
+            walk = common(numbers, f"walk {what}")
+            axis.plot(common(numbers, "progress")[:len(walk)], walk, "k:", label="random walk")
+            axis.set_xscale("log", base=2)
 
 
-def read_weights(base: Checkpoint, points: list[Checkpoint], whole=()) -> Weights:
-    """One pass over all tensors, in the memory of two matrices and an SVD or of 300 MB. whole: points with k = r.
+def measure_low_rank(study, run):
+    """Accuracy of W_0 and some of the directions; the top k% are scaled to one norm for all."""
+    norm = min(math.sqrt(sum(other.squares[name] for name in other.sigmas)) for other in study.runs)
+    update, generator = study.update(run), torch.Generator().manual_seed(0)
+    svds = {name: torch.linalg.svd(update[name], full_matrices=False) for name in run.sigmas}
+    noise = {name: torch.randn(update[name].shape, generator=generator) for name in run.sigmas}
 
-    ValueError where a checkpoint's tensors or shapes are not the base's, or where it did not move at all.
+    def at_one_norm(piece):
+        return study.accuracy(piece, norm / get_total_norm(piece.values()).item())
+
+    top = [at_one_norm(truncated(svds, k, "top")) for k in TOP]
+    bottom = [study.accuracy(truncated(svds, k, "bottom")) for k in BOTTOM]
+    return {"top": top, "bottom": bottom, "top k": TOP, "bottom k": BOTTOM, "at norm": norm,
+            "top 10% in % of all": percent(top[TOP.index(10)], top[-1]),
+            "the other 90% alone": bottom[BOTTOM.index(90)], "base": study.start[0],
+            "Gaussian": at_one_norm(noise)}
+
+
+def draw_low_rank(numbers, path):
+    norm = common(numbers, "at norm")
+    with canvas(path, "7. Do a few singular directions do it all?",
+                ("leading directions, %", f"accuracy, scaled to norm {norm:.2f}"),
+                ("trailing directions, %", "accuracy, not scaled")) as axes:
+        draw_curves(axes[0], numbers, "top k", "top")
+        draw_curves(axes[1], numbers, "bottom k", "bottom")
+        axes[0].axhline(common(numbers, "Gaussian"), **CHANCE, label="Gaussian of this norm, base")
+        axes[1].axhline(common(numbers, "base"), **CHANCE)
+        axes[0].set(xscale="log", xticks=TOP, xticklabels=TOP)
+        axes[0].minorticks_off()
+
+
+def measure_early_rescaled(study, run):
+    """Accuracy and KL of W_0 + `rescaled` ΔW_t, for t near 10% of training."""
+    early, final = study.update(run, run.early), study.update(run)
+    accuracy, kl = zip(*(study.assess(rescaled(early, final, beta)) for beta in BETAS))
+    (start, _), (end, end_kl), at_one = study.start, run.end, accuracy[BETAS.index(1.0)]
+    return {"betas": BETAS, "accuracy": accuracy, "KL": kl, "end": dict(accuracy=end, KL=end_kl),
+            "% of the final accuracy at β = 1": percent(at_one, end),
+            "% of the gain over the base": percent(at_one - start, end - start)}
+
+
+def draw_early_rescaled(numbers, path):
+    with canvas(path, "8. ΔW at 10% of training, stretched (β = 1: to the final norm): as good as "
+                "the end (dotted)?", ("β", "accuracy"), ("β", "KL to the teacher, nats a token")
+                ) as axes:
+        axes[1].set_yscale("log")
+        for axis, what in zip(axes, ("accuracy", "KL")):
+            draw_curves(axis, numbers, "betas", what)
+            draw_ends(axis, numbers, what, style=":")
+
+
+def measure_paths(study, run):
+    """W_t's place along the straight line from W_0 to W_T, and its distance from that line."""
+    along = run.gram[:, -1] / run.norms[-1]                   # <ΔW_t, ΔW_T> / ‖ΔW_T‖_F
+    aside = (run.gram.diagonal() - along ** 2).clamp(min=0).sqrt()
+    steps = torch.tensor(run.steps).double()
+    walk = torch.minimum(steps[:, None], steps)               # E <ΔW_s, ΔW_t> = min(s, t)
+    return {"along": [0.0, *along.tolist()], "aside": [0.0, *aside.tolist()],
+            "% of the variance in two components": in_two_components(run.gram),
+            "of a random walk": in_two_components(walk)}
+
+
+def draw_paths(numbers, path):
+    with canvas(path, "9. Is the path from W$_0$ to W$_T$ a line? It is as far as it stays low",
+                ("distance along the line from W$_0$ to W$_T$", "distance from the line"),
+                ("", "% of its variance in two components")) as axes:
+        draw_curves(axes[0], numbers, "along", "aside")
+        axes[0].set_aspect("equal", adjustable="datalim")
+        draw_bars(axes[1], numbers, {"": "% of the variance in two components"}, form="{:.0f}")
+        axes[1].axhline(common(numbers, "of a random walk"), **CHANCE, label="random walk")
+
+
+def measure_one_scalar(study, run):
+    """W_0 with its logits divided by a temperature, and its answers sampled at it, beside W_T.
+
+    What one scalar does needs no direction: the update may be no more than "sharper".
     """
-    check_alike(base, points)
-    weights = Weights({}, {}, [], {name: base.shape(name) for name in base.slices})
-    cosine, moved = torch.zeros(len(points), dtype=torch.float64), torch.zeros(len(points))     # of embedding rows
-    for name, shape in tqdm(weights.shape.items(), desc="weights", unit="tensor", dynamic_ncols=True):
-        gram = torch.zeros(len(points), len(points), dtype=torch.float64)
-        for w_0, deltas in blocks(base, points, name):
-            if module_of(name)[1] == "embedding":
-                rows = (deltas != 0).any(-1)                                     # (N, rows): of tokens in use
-                cosine += (F.cosine_similarity(w_0 + deltas, w_0[None], dim=-1).double() * rows).sum(1)
-                moved += rows.sum(1)
-            deltas = deltas.flatten(1).double()
-            gram += deltas @ deltas.T
-        weights.gram[name] = gram
-        if is_matrix(name, shape):
-            w_0, weights.svd[name] = base.read(name), []
-            for i, point in enumerate(points):
-                U, sigma, Vh = torch.linalg.svd(point.read(name) - w_0, full_matrices=False)
-                k = len(sigma) if i in whole else max(KS)
-                weights.svd[name].append((U[:, :k].clone(), sigma, Vh[:k].clone()))      # clones: the rest is freed
-    if not weights.svd:
-        raise ValueError(f"{base.directory} has no matrices in layers: no transformer in Hugging Face's names")
-    for i, point in enumerate(points):
-        if weights.norm(i) == 0:
-            raise ValueError(f"{point.directory} holds the base's weights: it did not move")
-    weights.embedding_cosine.extend(torch.where(moved > 0, cosine / moved.clamp(min=1), 1.0).tolist())
-    return weights
+    accuracy, kl = zip(*(study.assess({}, temperature=T) for T in TEMPERATURES))
+    (start, start_kl), (end, end_kl) = study.start, run.end
+    return {"temperatures": TEMPERATURES, "accuracy": accuracy, "KL": kl,
+            "end": dict(accuracy=end, KL=end_kl),
+            "% of the gain in accuracy": percent(max(accuracy) - start, end - start),
+            "% of the fall in KL": percent(start_kl - min(kl), start_kl - end_kl)}
 
 
-def check_alike(base, points):
-    for point in points:
-        for name in sorted(base.slices.keys() | point.slices.keys()):
-            if base.shape(name) != point.shape(name):
-                raise ValueError(f"{name} is {base.shape(name)} in {base.directory} and {point.shape(name)} in "
-                                 f"{point.directory}")
-    if any(checkpoint.half for checkpoint in (base, *points)):
-        print("warning: these checkpoints are in half precision: where updates are small, ΔW is mostly rounding; "
-              "analyse float32 checkpoints", file=sys.stderr)
+def draw_one_scalar(numbers, path):
+    x = "temperature of W$_0$"
+    with canvas(path, "10. Does one scalar do what ΔW does? It does where black reaches the others",
+                (x, "accuracy"), (x, "KL to the teacher, nats a token")) as axes:
+        axes[1].set_yscale("log")
+        for axis, what in zip(axes, ("accuracy", "KL")):
+            axis.plot(common(numbers, "temperatures"), common(numbers, what), "k.-",
+                      label="W$_0$, untrained")
+            axis.invert_xaxis()
+            draw_ends(axis, numbers, what)
 
 
-def blocks(base, points, name):
-    """A tensor, some rows at a time: W_0's (rows, ...), and every ΔW_i's (N, rows, ...)."""
-    height, *row = base.shape(name)
-    step = max(1, BLOCK // len(points) // math.prod(row))
-    for start in range(0, height, step):
-        w_0 = base.read(name, start, start + step)
-        yield w_0, torch.stack([point.read(name, start, start + step) - w_0 for point in points])
+QUESTIONS = [  # (how to measure it, how to draw it, what the paper says)
+    (measure_norm_scaling, draw_norm_scaling, "OPD gains more accuracy per unit of norm than RL"),
+    (measure_update_norms, draw_update_norms, "OPD moves the MLP blocks and hardly the embeddings"),
+    (measure_utility, draw_utility, "an inverted U over depth, MLP above attention"),
+    (measure_embeddings, draw_embeddings,
+     "putting the base's back costs OPD nothing; 1 - cosine RL .033, OPD .015 (4B)"),
+    (measure_spectra, draw_spectra,
+     "OPD is more concentrated: σ1/‖ΔW‖ RL .20, OPD .26; effective rank 1908, 1587 (4B)"),
+    (measure_alignment, draw_alignment,
+     "OPD's subspace locks on to the final one early, RL's later"),
+    (measure_low_rank, draw_low_rank, "the top 10% recover more than 95% of the accuracy"),
+    (measure_early_rescaled, draw_early_rescaled,
+     "ΔW at 10% of training has some 80% of the final accuracy at β = 1"),
+    (measure_paths, draw_paths, "nearly a line: most of the variance is in two components"),
+    (measure_one_scalar, draw_one_scalar, "nothing, it does not ask what one temperature does"),
+]
+OF_WEIGHTS = (measure_update_norms, measure_embeddings, measure_spectra)
+OF_PATHS = (measure_alignment, measure_paths)                 # of weights too, but of more than one
 
 
-def read_config(directory: Path) -> Config:
-    stored = json.loads((directory / "config.json").read_text())
-    return Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored} | {"device": "cpu"})
+def name_of(measure) -> str:
+    return measure.__name__.removeprefix("measure_")
 
 
-def method_of(config) -> str:
-    score = f" {config.score}" if config.method == "effopd" and config.score != "accuracy" else ""
-    return METHODS[config.method] + score
+def ask(study) -> dict:
+    """{question: {label: numbers}}."""
+    possible = [*OF_WEIGHTS]
+    if all(len(run.steps) > 1 for run in study.runs):
+        possible += OF_PATHS
+    answers = {}
+    for measure, _, _ in QUESTIONS:
+        if measure in possible or study.task and measure not in OF_PATHS:
+            answers[name_of(measure)] = {
+                label: interval([measure(study, run) for run in tqdm(runs, name_of(measure))])
+                for label, runs in study.methods.items()}
+    return answers
 
 
-def labels_of(configs) -> dict:
-    """{run: its method, and the settings that the runs of this method differ in}; equal labels are seeds."""
-    labels = {}
-    for run, c in configs.items():
-        alike = [other for other in configs.values() if method_of(other) == method_of(c)]
-        names = [f.name for f in fields(Config) if f.name not in SEEDS and has_use(c.method, f.name, c.data)]
-        labels[run] = ", ".join([method_of(c), *(f"{name} {getattr(c, name)}" for name in names
-                                                 if any(getattr(other, name) != getattr(c, name) for other in alike))])
-    return labels
+def show(answers, out_dir):
+    """Print what the paper says and what these runs say, draw the figures."""
+    for i, (measure, draw, paper) in enumerate(QUESTIONS, start=1):
+        name = name_of(measure)
+        if name in answers:
+            numbers = answers[name]
+            said = [f"{key} {say(numbers, key)}" for key, s in next(iter(numbers.values())).items()
+                    if "mean" in s and not isinstance(s["mean"], list)]
+            print(f"\n{name}\n  paper says: {paper}\n  these runs: {'; '.join(said)}")
+            draw(numbers, out_dir / f"{i}_{name}.png")
+    print(f"\nThe figures are in {out_dir}")
 
 
-def same_base(a, b) -> bool:
-    return filecmp.cmp(*(run / "checkpoints/step_000000/model.safetensors" for run in (a, b)), shallow=False)
+# ------------------------------------------------------------------------------------------------
+# Drawing.
+
+CHANCE = dict(color="black", linestyle=":")                   # what chance, or the base, would give
 
 
-def newest_runs() -> list[Path]:
-    """The newest finished run of each method in runs/* and runs/race*/*; says what is missing and how to make it."""
-    found = [p.parents[1] for p in (*Path("runs").glob("*/checkpoints/final"),
-                                    *Path("runs").glob("race*/*/checkpoints/final"))]
-    found.sort(key=lambda run: (run / "checkpoints" / "final").stat().st_mtime)
-    if not found:
-        raise ValueError("no finished run under runs/; python train.py --method opd makes one")
-    newest = {method_of(read_config(run)): run for run in found if same_base(run, found[-1])}
-    for method, options in [("OPD", ""), ("EffOPD", ""), ("RL", " --lr 3e-4"), ("SFT", "")]:
-        if method not in newest:
-            print(f"no {method} run from this base under runs/; to have one: "
-                  f"python train.py --method {method.lower()}{options}")
-    return list(newest.values())
-
-
-def expand(directory: Path) -> list[Path]:
-    """A run's directory, or those inside a race's or a sweep's. ValueError if it is none, or a run did not finish."""
-    if not directory.is_dir():
-        raise ValueError(f"there is no directory {directory}")
-    runs = [p.parent for p in (*directory.glob("checkpoints"), *sorted(directory.glob("*/checkpoints")))]
-    for run in runs or [directory]:
-        if not (run / "checkpoints" / "final").is_dir():
-            raise ValueError(f"{run} holds no finished run (config.json and checkpoints/final)")
-    return runs
-
-
-def load_runs(directories):
-    """-> the base's Checkpoint, the N Checkpoints, the Runs, a Config: of a run with a teacher, if there is one."""
-    configs = {run: read_config(run) for directory in directories for run in expand(Path(directory))}
-    first, labels, order, runs, points = next(iter(configs)), labels_of(configs), list(METHODS), [], []
-    for run, c in sorted(configs.items(), key=lambda item: (order.index(item[1].method), item[1].score, item[1].lr)):
-        if not same_base(run, first):
-            raise ValueError(f"{run} and {first} start from different weights: not comparable")
-        steps = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_??????"))
-        steps = [*(step for step in steps if 0 < step < c.steps), c.steps]
-        for other in runs:
-            if other.label == labels[run] and other.steps != steps:
-                raise ValueError(f"{run} and {other.directory}, seeds of {other.label}, have checkpoints of different "
-                                 "steps (--keep_last?), so no mean")
-        runs.append(Run(labels[run], run, steps, range(len(points), len(points) + len(steps))))
-        points += [Checkpoint(run / "checkpoints" / name) for name in (*(f"step_{s:06d}" for s in steps[:-1]), "final")]
-    taught = next((c for c in configs.values() if c.teacher or not c.data), configs[first])
-    return Checkpoint(first / "checkpoints" / "step_000000"), points, runs, taught
-
-
-@torch.no_grad()
-def put(model, weights):
-    """Copy weights into the model by name; a tied head is no entry of its own."""
-    for name, p in model.named_parameters():
-        p.copy_(weights[name])
-
-
-def measure_with(model, teacher, task, problems):
-    """-> measure(weights) = (accuracy, KL(π || π*) in nats a token), always under the same random numbers."""
-    prompts = [task.encode(p) for p in problems[:KL_ANSWERS]]
-
-    @torch.no_grad()
-    def measure(weights):
-        put(model, weights)
-        right, answers = evaluate(model, task, problems)
-        batch = pack(prompts, answers[:KL_ANSWERS], model.device)
-        parts, n = split(batch, 8), int(batch.mask.sum())    # never all logits of a large vocabulary at once
-        return right, sum(kl_of(model, teacher, states(model, b), states(teacher, b), n).item() for b in parts)
-    return measure
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Statistics and drawing, small helpers, and what chance looks like.
-
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # two-sided quantiles of t, 1 to 9 degrees of freedom
-
-
-def interval(values):
-    """{mean, half: half the 95% t interval of the mean (None for a single value), n}; None without values."""
-    values = [v for v in values if v is not None]
-    if not (n := len(values)):
-        return None
-    half = None if n == 1 else float((T_95[n - 2] if n < 11 else 2.2) * np.std(values, ddof=1) / n ** 0.5)
-    return {"mean": float(np.mean(values)), "half": half, "n": n}
-
-
-def say(stats, form="{:.2f}") -> str:
-    return ", ".join(f"{label} " + ("±".join(form.format(s[what]) for what in ("mean", "half") if s[what] is not None)
-                                    if s else "-") for label, s in stats.items())
-
-
-def canvas(title, *panels, height=3.6):
-    """A figure of README width (9 inches) and its panels: (title, x label, y label) each."""
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, height), layout="constrained", squeeze=False)
+@contextmanager
+def canvas(path, title, *panels):
+    """The axes to draw in, one for each (x label, y label); saved under path afterwards."""
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), layout="constrained",
+                                squeeze=False)
     figure.suptitle(title, fontsize=10.5, fontweight="bold")
-    for axis, (name, x, y) in zip(axes[0], panels):
-        axis.set(title=name, xlabel=x, ylabel=y)
-    return figure, axes[0]
-
-
-def save(figure, path):
-    """With one legend for all panels, below them: there it covers no curve."""
-    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", fontsize=8,
-                      ncols=max(1, 150 // (8 + max(map(len, handles)))))         # some 150 characters fit in a row
+    for axis, (x, y) in zip(axes[0], panels):
+        axis.set(xlabel=x, ylabel=y)
+    yield axes[0]
+    legend = {}                                               # one for all panels, below them
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            legend.setdefault(label, handle)
+    figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8,
+                  ncols=max(1, 150 // (8 + max(map(len, legend)))))    # 150 characters in a row
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw(axis, study, f, dashed=False, named=False, marker="."):
-    """f(run) = (xs, ys) of every method: the mean over seeds as a line, its 95% interval as a band."""
-    for i, (label, group) in enumerate(study.groups.items()):
-        seeds = list(map(f, group))
-        xs, stats = np.mean([x for x, _ in seeds], axis=0), [interval(column) for column in zip(*(y for _, y in seeds))]
-        mean, half = (np.array([s[what] or 0 for s in stats]) for what in ("mean", "half"))
-        low = np.maximum(mean - half, mean / 10) if axis.get_yscale() == "log" else mean - half
-        axis.plot(xs, mean, "--" if dashed else "-", color=f"C{i}", marker=marker, label=label if named else None)
-        axis.fill_between(xs, low, mean + half, color=f"C{i}", alpha=0.15, linewidth=0)
+def common(numbers, key):
+    """The first method's: for what is the same for all."""
+    return next(iter(numbers.values()))[key]["mean"]
 
 
-def bars(axis, stats, form="{:.2f}", offset=0.0, width=0.4, alpha=1.0):
-    for i, s in enumerate(stats.values()):
-        axis.bar(i + offset, s["mean"], width, yerr=s["half"], color=f"C{i}", capsize=3, alpha=alpha)
-        axis.text(i + offset, s["mean"] + (s["half"] or 0), "  " + form.format(s["mean"]), rotation=90, ha="center",
-                  va="bottom", fontsize=7)
-    axis.set_xticks(range(len(stats)), [label.split(",")[0].replace(" ", "\n") for label in stats], fontsize=7)
-    axis.margins(y=0.25)
+def draw_curves(axis, numbers, x, y, style="-"):
+    """Each method's mean as a line, its interval as a band."""
+    for i, (label, stats) in enumerate(numbers.items()):
+        mean = np.array(stats[y]["mean"])
+        xs = stats[x]["mean"][:len(mean)]
+        axis.plot(xs, mean, style, marker=".", color=f"C{i}", label=label)
+        if stats[y]["n"] > 1:
+            low = np.array(stats[y]["low"])
+            if axis.get_yscale() == "log":
+                low = np.maximum(low, mean / 10)              # a band has to end somewhere
+            axis.fill_between(xs, low, stats[y]["high"], color=f"C{i}", alpha=0.15, linewidth=0)
 
 
-def heatmap(axis, table, top):
-    """table (layers, modules), in %; the colours go from 0 to top. -> the image, for a colour bar."""
-    image, small = axis.imshow(table, aspect="auto", vmin=0, vmax=top), len(table) <= 12
-    axis.grid(False)
-    axis.set_xticks(range(len(MODULES)), MODULES, rotation=90)
-    axis.set_yticks(range(0, len(table), 1 if small else 4))
-    for (y, x), value in np.ndenumerate(table) if small else ():
-        axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                  color="black" if value > top / 2 else "white")
-    return image
+def draw_ends(axis, numbers, what, style="-"):
+    for i, (label, stats) in enumerate(numbers.items()):
+        axis.axhline(stats["end"][what]["mean"], color=f"C{i}", linestyle=style, label=label)
 
 
-def log_ticks(axes, ticks):
-    for axis in axes:
-        axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
-        axis.minorticks_off()
+def draw_bars(axis, numbers, groups, form=None):
+    """{group: key}: a bar for each method in each group. form: of the values above the bars."""
+    width = 0.8 / len(numbers)
+    for i, (label, stats) in enumerate(numbers.items()):
+        intervals = [stats[key] for key in groups.values()]
+        mean = [s["mean"] for s in intervals]
+        error = [s["high"] - s["mean"] if s["n"] > 1 else 0.0 for s in intervals]
+        xs = np.arange(len(groups)) + (i - (len(numbers) - 1) / 2) * width
+        bars = axis.bar(xs, mean, width, yerr=error, color=f"C{i}", label=label, capsize=2)
+        if form:
+            axis.bar_label(bars, fmt=form, fontsize=8, padding=2)
+    axis.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 5 else 0)
+    axis.margins(y=0.12)
 
 
-def crossing(xs, ys, target):
-    """Where the line through the points first reaches the target; None if it never does."""
-    return next((float(x0 + (x1 - x0) * (target - y0) / (y1 - y0))
-                 for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]) if y0 < target <= y1), None)
+# ------------------------------------------------------------------------------------------------
+# Which runs they are asked of, and the command.
+
+METHODS = {"opd": "OPD", "effopd": "EffOPD", "rl": "RL", "sft": "SFT"}           # in this order
+TASK = ("task", "gap", "num_ops", "digits", "hidden_size", "num_hidden_layers",
+        "num_attention_heads", "base_steps", "teacher_steps", "base_lr", "teacher_lr", "eval_size")
+MAY_DIFFER = ("seed", "device", "out_dir", "resume", "save_every", "cache_dir", "eval_every",
+              "micro_batch_size", "rollout_batch_size")       # between seeds of one setting
 
 
-def is_matrix(name, shape) -> bool:
-    return len(shape) == 2 and module_of(name)[0] is not None
+def read_run(directory: Path) -> tuple[Config, str]:
+    """Settings of a finished run, and what its summary calls it. ValueError if it is none."""
+    try:
+        stored = json.loads((directory / "config.json").read_text())
+        label = json.loads((directory / "summary.json").read_text())["label"]
+        del stored["versions"]
+        return Config(**stored | dict(device="cpu")), METHODS.get(label, label)
+    except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} is no finished run of train.py ({first_line(error)}); "
+                         "--base and --checkpoints compare weights alone") from None
 
 
-def matrices(update) -> dict:
-    return {name: d for name, d in update.items() if is_matrix(name, d.shape)}
+def difference(a: Path, b: Path) -> str | None:
+    """Why two runs are not comparable: another task, teacher or start."""
+    (config_a, _), (config_b, _) = read_run(a), read_run(b)
+    for name in TASK:
+        if getattr(config_a, name) != getattr(config_b, name):
+            return f"have --{name} {getattr(config_a, name)} and {getattr(config_b, name)}"
+    starts = [run / "checkpoints" / "step_000000" / "model.safetensors" for run in (a, b)]
+    return None if filecmp.cmp(*starts, shallow=False) else "start from different weights"
 
 
-def window_reach(num_layers) -> int:
-    """3: the paper's windows have 17 of 28 to 48 layers: here too they span some 45% of the depth."""
-    return max(0, round((0.45 * num_layers - 1) / 2))
+def expand(directory: Path) -> list[Path]:
+    """A run's directory, or those of the runs inside a race's or a sweep's."""
+    return sorted(path.parent for path in directory.rglob("checkpoints")) or [directory]
 
 
-def directions_in(percent, sigma) -> int:
-    """7: so many percent of a matrix's singular directions, at least one."""
-    return max(1, round(percent / 100 * len(sigma)))
+def newest_runs() -> list[Path]:
+    """The newest run of each method in runs/ with the task and the base of the newest of all."""
+    found = [run for run in expand(Path("runs")) if (run / "summary.json").exists()]
+    found.sort(key=lambda run: (run / "summary.json").stat().st_mtime, reverse=True)
+    newest = {}
+    for run in found:
+        try:
+            label = read_run(run)[1]
+        except ValueError:                                    # of other models and data
+            continue
+        if label not in newest and not any(difference(run, other) for other in newest.values()):
+            newest[label] = run
+    if not newest:
+        raise ValueError("there is no finished run in runs/; python train.py makes three")
+    if "RL" not in newest:
+        print("To compare with RL, as the paper does: python train.py --method rl --lr 3e-4")
+    return list(newest.values())
 
 
-def frobenius(update) -> float:
-    return sum(d.square().sum().item() for d in update.values()) ** 0.5
+def labels_of(runs: dict) -> dict:
+    """{directory: label} of {directory: (config, name)}; equal labels are seeds of one setting.
 
-
-def scaled_to(update, size) -> dict:
-    factor = size / frobenius(update)
-    return {name: factor * d for name, d in update.items()}
-
-
-@cache
-def gaussian_sigma(shape):
-    """Singular values (r,) of a Gaussian matrix of Frobenius norm 1."""
-    sigma = torch.linalg.svdvals(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    return sigma / sigma.norm()
-
-
-def walk_alignment(shapes, steps):
-    """`alignment` of random walks of equal Gaussian steps in matrices of these shapes with their ends: (steps, 20)."""
-    rng, by_shape = torch.Generator().manual_seed(0), {}
-    for shape in dict.fromkeys(shapes):
-        at, svds = torch.zeros(shape), []
-        for before, now in zip([0, *steps], steps):
-            at += torch.randn(shape, generator=rng) * (now - before) ** 0.5
-            svds.append(torch.linalg.svd(at, full_matrices=False))
-        walk = Weights({}, {shape: svds}, [], {})
-        by_shape[shape] = [walk.alignment(i, len(steps) - 1) for i in range(len(steps))]
-    return np.mean([by_shape[shape] for shape in shapes], axis=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 10: what would a D_v of another size have decided? All candidates of a run's searches, scored on a large one.
-
-def searches_of(directory: Path, moved):
-    """Each search of an EffOPD run again, exactly: (its record, W_t, Δ of what it moved), weights as dicts by name."""
-    kept = Checkpoint(directory / "checkpoints" / "step_000000").weights()
-    for line in (directory / "search.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        now = Checkpoint(directory / "checkpoints" / f"step_{record['step']:06d}").weights()     # saved before the jump
-        delta = {name: now[name] - kept[name] for name in moved}
-        yield record, now, delta
-        kept = add(now, delta, record["multiple"])
-
-
-def decisions(right, again, size, draws=1000) -> dict:
-    """What a search decides by a D_v of this size, drawn `draws` times from N problems: counts, to be added up.
-
-    right (1 + candidates, N): 1.0 where W_t's, and each candidate's, answer is right, under the same random numbers;
-    again (N,): W_t's under others. The truth is the score on all N; strictly higher is accepted.
+    A label is the name, and the settings in which the runs of this name differ.
     """
-    N, truth = right.shape[1], right.mean(1)
-    drawn = np.random.default_rng(0).random((draws, N)).argpartition(size, axis=1)[:, :size]         # (draws, size)
-    scores = right[:, drawn].mean(-1)                                            # (1 + candidates, draws)
-    higher, better = scores[1:] > scores[:-1], (truth[1:] > truth[:-1])[:, None]           # (candidates, draws or 1)
-    asked = np.vstack([np.ones((1, draws), dtype=bool), np.logical_and.accumulate(higher)[:-1]])     # scored at all
-    kept = (asked & higher).sum(0)                                               # (draws,) 0: W_t
-    ideal = np.logical_and.accumulate(better).sum()                              # what all N problems keep
-    score = scores[kept, np.arange(draws)]
-    fresh = (right.sum(1)[kept] - size * score) / (N - size)                     # on the problems not in D_v
-    return dict(worse_asked=(asked & ~better).sum(), worse_accepted=(asked & ~better & higher).sum(),
-                better_asked=(asked & better).sum(), better_rejected=(asked & better & ~higher).sum(),
-                jumps=(kept > 0).sum(), curse=(score - fresh)[kept > 0].sum(), draws=draws,
-                lost=(truth[ideal] - truth[kept]).sum(), null_higher=(again[drawn].mean(-1) > scores[0]).sum())
+    labels = {}
+    for directory, (config, name) in runs.items():
+        alike = [other for other, its_name in runs.values() if its_name == name]
+        for f in fields(Config):
+            several = len({getattr(other, f.name) for other in alike}) > 1
+            if several and f.name not in MAY_DIFFER:
+                name += f", {f.name} {getattr(config, f.name)}"
+        labels[directory] = name
+    return labels
 
 
-RATES = {  # name: (what over what of `decisions`, what it is in the figure, in the table)
-    "false_accepts": ("worse_accepted", "worse_asked", "no better, accepted",
-                      "of the candidates that are no better, accepted"),
-    "false_rejects": ("better_rejected", "better_asked", "better, rejected", "of those that are better, rejected"),
-    "accuracy_lost": ("lost", "draws", "accuracy lost", "accuracy that a search ends below the one by all problems"),
-    "curse": ("curse", "jumps", "winning score too high", "score of what was kept, minus its score on fresh problems"),
-    "null_accepted": ("null_higher", "draws", "W$_t$ itself, accepted",
-                      "of candidates that are W_t itself, accepted under other random numbers")}
+def study_runs(directories, device, num_problems) -> Study:
+    runs = {run: read_run(run) for path in directories for run in expand(path)}
+    first, labels, methods = next(iter(runs)), labels_of(runs), defaultdict(list)
+    base = Checkpoint(first / "checkpoints" / "step_000000")
+    for run in sorted(runs, key=lambda run: list(METHODS).index(runs[run][0].method)):
+        different = difference(run, first)
+        if different:
+            raise ValueError(f"{run} and {first} {different}: analyse them apart")
+        print(f"{labels[run]}: {run}")
+        steps = sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_??????"))
+        steps = [step for step in steps if 0 < step < runs[run][0].steps]
+        names = [*(f"step_{step:06d}" for step in steps), "final"]
+        points = [Checkpoint(run / "checkpoints" / name) for name in names]
+        check(base, points)
+        methods[labels[run]].append(Trajectory(base, points, [*steps, runs[run][0].steps]))
+    config = replace(runs[first][0], device=device)
+    task, model, teacher, _ = load(config)
+    if any((p.cpu() != base.read(name)).any() for name, p in model.named_parameters()):
+        warn(f"{config.cache_dir} has another student than these runs, and another teacher: read "
+             "the KLs with care")
+    problems = evaluation_problems(config, task)[:num_problems]
+    return Study(base, methods, task, model, teacher, problems)
 
 
-def score_run(directory: Path, args):
-    """-> {size: `decisions` of all its searches}, and how much too high each jump's score was in the run itself."""
-    config = read_config(directory)
-    if config.data or config.method != "effopd" or config.search_every or config.first_trigger.bit_count() > 1 or (
-            config.utility_gate or config.direction != "update" or config.candidates == "line"):
-        raise ValueError(f"{directory}: --dv needs an EffOPD run of the built-in task, along Δ, at the powers of two")
-    config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
-    task = Chains(config.num_ops, config.digits)
-    model, _ = load_models(config, task)
-    problems = task.problems(args.problems, random.Random("large D_v"))
-    effopd = EffOPD(model, None, scope=config.scope, candidates=config.candidates, num_candidates=config.num_candidates)
-    counts, curse = {size: Counter() for size in DV_SIZES}, []
-
-    def marks(weights, seed):                                 # (N,) 1.0 where an answer is right
-        put(model, weights)
-        _, answers = evaluate(model, task, problems, seed * 1_000_003)
-        return np.array([task.is_correct(p, task.decode(a)) for p, a in zip(problems, answers)], dtype=float)
-
-    for record, now, delta in tqdm(searches_of(directory, effopd.parameters), desc=str(directory), unit="search"):
-        right = np.array([marks(add(now, delta, multiple), record["step"]) for multiple in (0, *effopd.multiples)])
-        again = marks(now, record["step"] + 500_000)
-        for size in DV_SIZES:
-            counts[size].update(decisions(right, again, size))
-        if record["accepted"]:
-            curse.append(record["scores"][record["accepted"]] - right[record["accepted"]].mean())
-    return counts, curse
+def study_checkpoints(directory, directories) -> Study:
+    """Weights alone, as one run; its steps are the numbers that end the names, if these rise."""
+    base, points = Checkpoint(directory), [Checkpoint(path) for path in directories]
+    check(base, points)
+    steps = [int("0" + re.search(r"\d*$", Path(path).name)[0]) for path in directories]
+    if steps[0] == 0 or steps != sorted(set(steps)):
+        steps = list(range(1, len(points) + 1))
+    return Study(base, {"checkpoints": [Trajectory(base, points, steps)]})
 
 
-def dv_size(args, out_dir):
-    """10: dv.json, 10_dv_size.png and a table. The runs are seeds of each other; all their candidates are scored."""
-    table, scored = {}, [score_run(run, args) for given in args.runs for run in expand(Path(given))]
-    for name, (part, whole, *_) in RATES.items():
-        rates = {size: [float(of[size][part] / of[size][whole]) for of, _ in scored if of[size][whole]]
-                 for size in DV_SIZES}
-        table[name] = {size: bootstrap(values) for size, values in rates.items() if values}
-    in_run = [float(np.mean(curse)) for _, curse in scored if curse]
-    in_run = bootstrap(in_run) if in_run else None
-    write_json(out_dir / "dv.json", dict(problems=args.problems, runs=args.runs, table=table, curse_in_run=in_run))
-    draw_dv(table, out_dir / "10_dv_size.png")
-    print("| problems in D_v | " + " | ".join(map(str, DV_SIZES)) + " |\n|" + "---|" * (1 + len(DV_SIZES)))
-    for name, by_size in table.items():
-        print(f"| {RATES[name][3]} | " + " | ".join(spread(stats, ".3f") for stats in by_size.values()) + " |")
-    if in_run:
-        print(f"\nIn the runs themselves, winning score minus fresh score: {spread(in_run, '.3f')}, n = {in_run['n']}")
-
-
-def draw_dv(table, path):
-    """table: of dv.json."""
-    figure, axes = canvas("10. How many problems must D$_v$ have? Low is good",
-                          ("wrong decisions", "problems in D$_v$", "share"),
-                          ("their price", "problems in D$_v$", "accuracy"))
-    for i, (name, by_size) in enumerate(table.items()):
-        mean, low, high = (np.array([s[what] for s in by_size.values()], dtype=float)      # NaN: no interval of one run
-                           for what in ("mean", "low", "high"))
-        axes[int(name in ("accuracy_lost", "curse"))].errorbar(
-            list(map(int, by_size)), mean, None if np.isnan(low).all() else (mean - low, high - mean), fmt=f"C{i}.-",
-            capsize=3, label=RATES[name][2])
-    log_ticks(axes, DV_SIZES)
-    for axis in axes:
-        axis.axhline(0, color="black", linewidth=0.8)
-    save(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The command.
-
-def parse_args(args):
-    parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = stop
-    parser.add_argument("runs", nargs="*", help="directories of runs, races or sweeps (default: each method's newest)")
-    parser.add_argument("--base", help="a Hugging Face checkpoint's directory: what the others were trained from")
-    parser.add_argument("--checkpoints", nargs="+", default=[], help="its later selves' directories, the last one last")
-    parser.add_argument("--out_dir", default="analysis", help="for figures and analysis.json (default: analysis)")
-    parser.add_argument("--dv", action="store_true", help="answer the tenth question, of these EffOPD runs, instead")
-    parser.add_argument("--problems", type=int, help="problems in an accuracy (default: 400; with --dv: 4000)")
-    parser.add_argument("--cache_dir", default="", help="where the teacher is kept (default: the runs' own)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for the accuracies")
-    args = parser.parse_args(args)
-    if bool(args.base) != bool(args.checkpoints) or args.base and args.runs:
-        stop("give run directories, or --base DIR with --checkpoints DIR1 DIR2 ..., or nothing")
-    if args.dv and not args.runs:
-        stop("--dv needs the directories of EffOPD runs")
-    least = max(DV_SIZES) + 1 if args.dv else 1
-    args.problems = (4000 if args.dv else 400) if args.problems is None else args.problems
-    if args.problems < least:
-        stop(f"--problems must be {least} or more, got {args.problems}")
-    return args
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def stop(message):
@@ -965,93 +819,45 @@ def stop(message):
     sys.exit(2)
 
 
-def study_checkpoints(args, out_dir) -> Study:
-    """Weights alone: one run, its steps the numbers at the ends of the directories' names, if these rise."""
-    base, points = Checkpoint(args.base), [Checkpoint(directory) for directory in args.checkpoints]
-    ends = [Path(directory).name.replace("-", "_").rpartition("_")[2] for directory in args.checkpoints]
-    steps = [int(end) if end.isdecimal() else 0 for end in ends]
-    if steps[0] < 1 or steps != sorted(set(steps)):
-        steps = list(range(1, len(points) + 1))
-    run = Run("checkpoints", Path(args.checkpoints[-1]), steps, range(len(points)))
-    return Study(read_weights(base, points), [run], (), (), {"end": {run: run.last}}, out_dir)
-
-
-def study_runs(args, out_dir) -> Study:
-    """Runs of train.py: their weights, then the accuracy of every intervention."""
-    base, points, runs, config = load_runs(args.runs or newest_runs())
-    print(*(f"{run.label}: {run.directory}" for run in runs), sep="\n")
-    if config.data and not config.teacher:
-        raise ValueError("none of these runs has a teacher to measure the KL to; --base and --checkpoints need none")
-    weights = read_weights(base, points, whole={run.last for run in runs})
-    config.device, config.cache_dir = str(pick_device(args.device)), args.cache_dir or config.cache_dir
-    task, model, teacher = load(config)
-    w_0 = base.weights()
-    if not all(torch.equal(p.cpu(), w_0[name]) for name, p in model.named_parameters()):
-        print("warning: --cache_dir holds another base than these runs', so another teacher: read the KLs with care",
-              file=sys.stderr)
-    measure = measure_with(model, teacher, task, evaluation_problems(config, task)[:args.problems])
-    common_norm = min(weights.norm(run.last, weights.svd) for run in runs)       # the smallest
-    rng = torch.Generator().manual_seed(0)
-    noise = scaled_to({name: torch.randn(weights.shape[name], generator=rng) for name in weights.svd}, common_norm)
-    study = Study(weights, runs, measure(w_0), measure(add(w_0, noise)), {}, out_dir)
-    for run in runs:
-        jobs = interventions(w_0, lambda i: add(points[run.points[i]].weights(), w_0, -1.0),
-                             {name: svds[run.last] for name, svds in weights.svd.items()}, run, common_norm,
-                             weights.num_layers)
-        bar = tqdm(jobs.items(), desc=run.label, unit="accuracy", dynamic_ncols=True)
-        run.measured = {what: tuple(measure(make())) for what, make in bar}
-    return study._replace(picks=picks(study))
-
-
-def picks(study) -> dict:
-    """{"end", "equal steps", ...: {run: its point, or the one nearest to what all runs reach}}."""
-    runs, norm = study.runs, study.weights.norm
-
-    def nearest(value, target):
-        return {run: run.points[min(range(len(run.steps)), key=lambda i: abs(value(run, i) - target))] for run in runs}
-
-    return {"end": {run: run.last for run in runs},
-            "equal steps": nearest(lambda run, i: run.steps[i], min(run.steps[-1] for run in runs)),
-            "equal norm": nearest(lambda run, i: norm(run.points[i]), min(norm(run.last) for run in runs)),
-            "equal accuracy": nearest(lambda run, i: run.at(i)[0], study.target)}
-
-
-CLAIMS = {  # question: what the paper says
-    norm_scaling: "OPD gains more accuracy per unit of norm than RL",
-    update_norms: "OPD moves the useful MLP blocks and hardly the embeddings",
-    utility: "an inverted U over depth, MLP above attention; RL has more of its norm where utility is low",
-    embeddings: "putting them back costs OPD nothing; cosine RL .967, OPD .985 (4B), .942 and .975 (8B)",
-    spectrum: "OPD is more concentrated: σ1/‖ΔW‖ RL 19.7%, OPD 25.7%, effective rank 1908 and 1587 (4B)",
-    directions: "OPD's subspace locks on to the final one early, RL's later",
-    low_rank: "the top 10% of the directions recovers more than 95% of the accuracy",
-    early_rescaled: "ΔW at 10% of training has some 80% of the final accuracy at β = 1, less above 1.2; the KL falls",
-    paths: "OPD's path is nearly a line: most of its variance is in two components",
-}
+def parse(args):
+    parser = argparse.ArgumentParser(prog="analyze.py", allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[0])
+    parser.error = stop
+    parser.add_argument("runs", nargs="*", type=Path, help="directories of runs, races or sweeps "
+                        "(default: the newest of each method in runs/)")
+    parser.add_argument("--base", help="a checkpoint's directory: what others were trained from")
+    parser.add_argument("--checkpoints", nargs="+", help="its later selves, the last one last")
+    parser.add_argument("--redraw", type=Path, help="an analysis.json, whose figures to draw again")
+    parser.add_argument("--out_dir", type=Path, default="analysis", help="(default: analysis)")
+    parser.add_argument("--problems", type=int, default=400, help="in an accuracy (default: 400)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(args)
+    if bool(args.base) != bool(args.checkpoints):
+        stop("--base DIR and --checkpoints DIR1 DIR2 ... go together")
+    if sum(map(bool, (args.runs, args.base, args.redraw))) > 1 or args.problems < 1:
+        stop("give runs, or --base and --checkpoints, or --redraw, or nothing; --problems above 0")
+    return args
 
 
 def main(args=None):
-    args = parse_args(args)
-    out_dir = Path(args.out_dir)
+    args = parse(args)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if args.dv:
-            dv_size(args, out_dir)
-            return print(f"\nThe figure and dv.json are in {out_dir}")
-        study = study_checkpoints(args, out_dir) if args.base else study_runs(args, out_dir)
-    except (ValueError, OSError) as error:
-        stop(error)
-    questions = list(CLAIMS)
-    if not study.base:                                        # weights alone; and one checkpoint is no path
-        questions = [update_norms, embeddings, spectrum] + ([directions, paths] if len(study.runs[0].steps) > 1 else [])
-    results = {"compared_steps": {pick: study.every(lambda run: run.steps[run.points.index(point[run])])
-                                  for pick, point in study.picks.items()}, "base": study.base,
-               "measured": study.every(lambda run: {" ".join(map(str, what)): both
-                                                    for what, both in run.measured.items()})}
-    for question in questions:
-        results[question.__name__], here = question(study)
-        print(f"\n{question.__name__}\n  paper says: {CLAIMS[question]}\n  these runs: {here}")
-    write_json(out_dir / "analysis.json", results)
-    print(f"\nFigures and analysis.json are in {out_dir}")
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        if args.redraw:
+            return show(json.loads(args.redraw.read_text()), args.out_dir)
+        if args.base:
+            study = study_checkpoints(args.base, args.checkpoints)
+        else:
+            study = study_runs(args.runs or newest_runs(), args.device, args.problems)
+        answers = ask(study)
+        write_json(args.out_dir / "analysis.json", answers)
+        show(answers, args.out_dir)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        stop(first_line(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        if not args.redraw:
+            raise
+        stop(f"{args.redraw} has no numbers of this analyze.py ({first_line(error)})")
 
 
 if __name__ == "__main__":

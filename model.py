@@ -1,4 +1,4 @@
-"""A compact GPT: forward, KV-cached sampling, load and save in Hugging Face format.
+"""A compact GPT: forward, sampling with a KV cache, load and save in Hugging Face format.
 
 One decoder-only transformer covers three families:
 
@@ -13,17 +13,15 @@ loads without a mapping, and what is saved here loads in transformers and in wha
     logits = model(input_ids)                                 # (B, T) -> (B, T, V)
     rollout = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=32, eos_token_id=2)
 
-In the shapes below: B rows, T positions, C hidden size, H query heads, G key/value heads,
-D head size, N positions attended to, V vocabulary, P longest prompt, R longest response.
-
-The appendix has Hugging Face's files and configs, and faster decoding: packed matrices on a CPU, torch.compile.
+In the shapes: B rows, T positions, C hidden size, H query heads, G key/value heads, D head size,
+N positions attended to, V vocabulary, P longest prompt, R longest response.
 """
 
 import copy
-import functools
+import json
 import math
 import shutil
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +45,7 @@ class GPTConfig:
     head_dim: int | None = None                 # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None            # Llama 3's: factor, low_freq_factor, ...; None: plain RoPE
+    rope_scaling: dict | None = None            # Llama 3's: factor, low_freq_factor, ...
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = False                # q, k and v have a bias (Qwen2)
@@ -58,11 +56,14 @@ class GPTConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                             f"num_key_value_heads ({self.num_key_value_heads})")
+            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple "
+                             f"of num_key_value_heads ({self.num_key_value_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
 
+
+# ------------------------------------------------------------------------------------------------
+# The transformer.
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight."""
@@ -73,19 +74,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_frequencies(config: GPTConfig) -> torch.Tensor:
+def rope_frequencies(config: GPTConfig):
     """Radians a position, θ^(-2i/D) for pair i: (D/2,) float32."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
-    return freq if config.rope_scaling is None else llama3_frequencies(freq, config.rope_scaling)
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    frequencies = config.rope_theta ** -exponents
+    if config.rope_scaling is None:
+        return frequencies
+    return llama3_frequencies(frequencies, config.rope_scaling)
+
+
+def llama3_frequencies(frequencies, scaling: dict):
+    """Llama 3's RoPE, which stretches the long wavelengths of (D/2,) to a longer context."""
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)         # 1: left alone; 0: stretched
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, heads, T, D): its halves (a, b) -> (a cos - b sin, b cos + a sin).
+    """Rotary position embedding of x (B, heads, T, D).
 
-    cos and sin (B or 1, 1, T, D) are `rotations`, whose sin has the first half negated.
+    Its halves (a, b) become (a cos - b sin, b cos + a sin); cos and sin (B or 1, 1, T, D) are
+    `rotations`, whose sin has the first half negated.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -93,34 +106,37 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        H, G, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, G * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, G * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, cache, columns):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)      # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)      # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                   # (B, G, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:                                 # keys and values so far, (B, G, N, D) each
-            cache[0][:, :, columns], cache[1][:, :, columns] = k, v
-            k, v = cache
-        if T == 1:                                            # heads that share a key become its several queries
-            q = q.view(B, k.shape[1], -1, self.head_dim)      # (B, G, H/G, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))            # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))            # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, G, T, D)
+        q = rotate(q.transpose(1, 2), cos, sin)                                  # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), cos, sin)                                  # (B, G, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)                                            # (B, G, N, D)
+        if T == 1:                                            # heads of one key are its queries
+            q = q.view(B, k.shape[1], -1, self.head_dim)                         # (B, G, H/G, D)
         # softmax(q kᵀ / sqrt(D)) v, where a token attends to itself and to what is before it
-        if T == 1 and not x.is_cuda:                          # faster than the fused kernel for so few queries
-            scores = (q * self.head_dim ** -0.5) @ k.transpose(-1, -2)                     # (B, G, H/G, N)
-            y = F.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), dim=-1) @ v
+        if T == 1 and not x.is_cuda:                          # faster there than the fused kernel
+            scores = q * self.head_dim ** -0.5 @ k.transpose(-1, -2)             # (B, G, H/G, N)
+            scores = scores if mask is None else scores + mask
+            y = F.softmax(scores, dim=-1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)                   # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -146,8 +162,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, columns=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, columns)
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -164,90 +180,20 @@ class Transformer(nn.Module):
 
     def rotations(self, positions, dtype):
         """cos and sin, (..., D) each, for positions (...), as `rotate` wants them."""
-        if self.frequencies.device != positions.device:
-            self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[..., None] * self.frequencies                    # (..., D/2)
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None] * self.frequencies                         # (..., D/2)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
-    def forward(self, input_ids, cos, sin, mask=None, caches=None, columns=None, checkpointing=False):
-        """input_ids (B, T), cos and sin (B or 1, T, D) -> hidden states (B, T, C).
-
-        caches: a pair of tensors (B, G, N, D) for each layer, whose columns (T,) get this call's keys and values.
-        """
-        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]           # (B, T, C), (B or 1, 1, T, D)
+    def forward(self, input_ids, cos, sin, mask=None, caches=None, checkpointing=False):
+        """input_ids (B, T), cos and sin (B or 1, T, D), a cache for each layer -> (B, T, C)."""
+        x, cos, sin = self.embed_tokens(input_ids), cos[:, None], sin[:, None]   # (B, T, C)
         for i, layer in enumerate(self.layers):
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, caches and caches[i], columns)
+                x = layer(x, cos, sin, mask, caches and caches[i])
         return self.norm(x)
-
-
-class Rollout(NamedTuple):
-    """What `generate` returns: answers of one batch, side by side, R = the longest of them."""
-    tokens: torch.Tensor       # (B, R) int64: the sampled tokens; 0 after a row's end
-    mask: torch.Tensor         # (B, R) bool: real response tokens, the first EOS included
-    log_probs: torch.Tensor    # (B, R) float32: log-probability of each sampled token; 0 after a row's end
-
-
-def sample(log_p, rows, B: int, generator=None):
-    """A token for each of b rows from log-probabilities (b, V), as argmax(p / noise) with Exponential(1) noise.
-
-    That is the Gumbel-max trick. The noise is drawn for all B rows of the batch, whichever of them (rows, (b,) int64)
-    still need it: nearly equal models then give nearly equal samples, the common random numbers that make a search's
-    candidates comparable.
-    """
-    noise = log_p.new_empty(B, log_p.shape[-1]).exponential_(generator=generator).log_()
-    return (log_p - (noise if len(rows) == B else noise[rows])).argmax(-1)                 # (b,)
-
-
-def visible(real, queries):
-    """Who may attend to whom, (B, 1, T, N) bool: columns queries (T,) to what is real (B, N) up to themselves.
-
-    And always to themselves: a softmax over nothing would be NaN in padding.
-    """
-    columns, queries = torch.arange(real.shape[1], device=real.device), queries[:, None]
-    return ((columns <= queries) & real[:, None] | (columns == queries))[:, None]
-
-
-class KVCache:
-    """Keys and values so far of b rows, padded on the left: every row's next token is in the same column.
-
-    padding (b, 1): columns before each row's prompt.
-    """
-
-    def __init__(self, model, padding, width: int, compile):
-        self.model, self.padding, self.length = model.model, padding, 0
-        width = -(-width // 64) * 64 if compile else width    # multiples of 64: few widths, few compilations
-        self.columns = torch.arange(width, device=model.device)
-        self.cos, self.sin = self.model.rotations(self.columns, model.dtype)               # (width, D)
-        shape = (len(padding), model.config.num_key_value_heads, width, model.config.head_dim)
-        if compile:
-            self.compiled, self.layers = compiled(model, compile, shape)
-        else:
-            zeros = self.cos.new_zeros
-            self.compiled, self.layers = None, [(zeros(shape), zeros(shape)) for _ in self.model.layers]
-        self.masked = compile or bool(padding.any())
-
-    def extend(self, ids):
-        """Hidden states (b, T, C) of the next T columns, of tokens ids (b, T)."""
-        start, n = self.length, self.length + ids.shape[1]
-        static = self.compiled is not None and start > 0      # sees all columns, so that no shape ever changes
-        own, seen, self.length = self.columns[start:n], self.columns if static else self.columns[:n], n
-        masked = self.masked or 0 < start < n - 1             # else causal, or the last column, which sees all
-        mask = visible(seen >= self.padding, own) if masked else None                      # (b, 1, T, n or width)
-        positions = (own - self.padding).clamp(min=0)                                      # (b, T)
-        cos, sin = self.cos[positions], self.sin[positions]                                # (b, T, D)
-        if static:
-            return self.compiled(ids, cos, sin, mask, self.layers, own)
-        known = [(k[:, :, :n], v[:, :, :n]) for k, v in self.layers]
-        return self.model(ids, cos, sin, mask, known, slice(start, n))
-
-    def keep(self, rows):
-        self.padding = self.padding[rows]
-        for i, (k, v) in enumerate(self.layers):              # one at a time: no second copy of all
-            self.layers[i] = k[rows], v[rows]
 
 
 class GPT(nn.Module):
@@ -257,107 +203,20 @@ class GPT(nn.Module):
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)    # learns the task in half the steps that 0.02 takes
+            if p.ndim == 2:                                   # learns twice as fast as with .02
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.tie_weights()
-        self.gradient_checkpointing = False         # True: layers run again in the backward pass, for memory
-        self.precision = None                       # torch.bfloat16: computes in it, from weights kept as they are
-        self.tokens_in_use = config.vocab_size      # fewer where the last rows of embedding and head are padding
-        self.source, self.hf_config = None, None    # from_pretrained's directory, and what its config said
-        self.static_caches = None                   # of generate(compile=True)
+        self.gradient_checkpointing = False         # True: layers run again in the backward pass
+        self.precision = None                       # torch.bfloat16: computes in it
+        self.tokens_in_use = config.vocab_size      # fewer where the head's last rows are padding
+        self.source, self.hf_config = None, None    # from_pretrained's directory, and its config
+        self.decoders, self.low_precision = {}, []  # what `generate` keeps for its next call
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @property
-    def head(self):
-        """The output matrix (V in use, C), in the dtype that `hidden_states` has."""
-        used = self.lm_head.weight
-        if self.tokens_in_use < len(used):
-            used = used[:self.tokens_in_use]
-        return used.to(self.dtype)
-
-    def forward(self, input_ids, attention_mask=None):
-        """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding, left or right.
-
-        Rows padded on the right need no mask: attention is causal, so no token sees what follows it.
-        """
-        return F.linear(self.hidden_states(input_ids, attention_mask), self.head)
-
-    def hidden_states(self, input_ids, attention_mask=None):
-        """What the head reads, (B, T, C): for a loss that never holds all logits (effopd.py: `chunked`)."""
-        columns, mask = torch.arange(input_ids.shape[1], device=input_ids.device), None
-        positions = columns[None]                                                          # (1 or B, T)
-        if attention_mask is not None:
-            positions = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)
-            mask = visible(attention_mask.bool(), columns)
-        with self.autocast():
-            cos, sin = self.model.rotations(positions, self.dtype)
-            hidden = self.model(input_ids, cos, sin, mask, checkpointing=self.gradient_checkpointing)
-        return hidden.to(self.dtype)
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
-                 eos_token_id=None, compile: str | bool = False) -> Rollout:
-        """Sample one answer to each prompt, from the full softmax(logits / temperature).
-
-        prompts: a list of B non-empty lists of token ids, of any lengths.
-        temperature: 0 takes the most probable token (and then reports log-probabilities at temperature 1).
-        generator: a torch.Generator on the model's device; None draws from the global random state.
-        eos_token_id: an id, several, or None for "never ends".
-        compile: True, or a backend's name, decodes through torch.compile (see `compiled`). Same samples.
-        Stops when every row has ended. ValueError for an empty prompt, for one that does not fit the context, and for
-        a negative temperature.
-        """
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        ids, padding = self.left_padded(prompts, max_new_tokens)                           # (B, P), (B, 1)
-        B, device = len(ids), self.device
-        cache = KVCache(self, padding, ids.shape[1] + max_new_tokens, compile)
-        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-        log_probs = torch.zeros(B, max_new_tokens, device=device)
-        eos = torch.tensor([-1] if eos_token_id is None else eos_token_id, device=device).view(-1)
-        rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-        with self.autocast(), packed(self, 0 if compile else B):                # lm_head is packed too, `head` is not
-            for r in range(max_new_tokens):                   # b of the B rows are still in the batch
-                hidden = cache.extend(ids)[:, -1].to(self.dtype)                           # (b, C)
-                logits = self.lm_head(hidden)[:, :self.tokens_in_use].float()
-                log_p = F.log_softmax(logits / (temperature or 1.0), dim=-1)               # (b, V)
-                token = sample(log_p, rows, B, generator) if temperature > 0 else log_p.argmax(-1)              # (b,)
-                tokens[rows, r], log_probs[rows, r] = token, log_p.gather(-1, token[:, None])[:, 0]
-                ids = token[:, None]                                                       # (b, 1)
-                if eos_token_id is not None:
-                    alive &= ~torch.isin(token, eos)
-                    left = int(alive.sum())
-                    if left == 0:
-                        break
-                    if left <= len(rows) // 2 and not compile:                  # the ended rows leave the batch
-                        cache.keep(alive)
-                        rows, ids, alive = rows[alive], ids[alive], alive[alive]
-        ends = torch.isin(tokens, eos).long()
-        real = ends.cumsum(1) == ends                         # nothing has ended before
-        R = int(real.any(0).sum())
-        return Rollout(tokens[:, :R] * real[:, :R], real[:, :R], log_probs[:, :R] * real[:, :R])
-
-
-# ================================================================================================================
-# Appendix. The story ends here; what follows is to look things up in.
-# ================================================================================================================
-
-    def left_padded(self, prompts, max_new_tokens):
-        """ids (B, P) and the padding before each row (B, 1): every row's next token is then in the same column."""
-        lengths = [len(p) for p in prompts]
-        if not lengths or min(lengths) == 0:
-            raise ValueError("generate needs at least one prompt, and at least one token in each")
-        P = max(lengths)
-        if P + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's context of "
-                             f"{self.config.max_position_embeddings}")
-        ids = torch.tensor([[0] * (P - n) + list(p) for p, n in zip(prompts, lengths)], device=self.device)
-        return ids, torch.tensor([[P - n] for n in lengths], device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -368,8 +227,108 @@ class GPT(nn.Module):
         """What it computes in."""
         return self.precision or self.lm_head.weight.dtype
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+    @property
+    def head(self):
+        """The output matrix (V in use, C), in the weights' own dtype."""
+        return self.lm_head.weight[:self.tokens_in_use]
+
+    def forward(self, input_ids, attention_mask=None):
+        """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding.
+
+        Rows padded on the right need no mask: attention is causal, and no token sees them.
+        """
+        return F.linear(self.hidden_states(input_ids, attention_mask), self.head.to(self.dtype))
+
+    def hidden_states(self, input_ids, attention_mask=None):
+        """What the head reads, (B, T, C): for a loss that never holds all logits (`chunked`)."""
+        columns, mask = torch.arange(input_ids.shape[1], device=input_ids.device), None
+        positions = columns[None]                                                # (1 or B, T)
+        if attention_mask is not None:
+            positions = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)
+            mask = visible(attention_mask.bool(), columns, self.dtype)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            cos, sin = self.model.rotations(positions, self.dtype)
+            hidden = self.model(input_ids, cos, sin, mask, None, self.gradient_checkpointing)
+        return hidden.to(self.dtype)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens: int, temperature: float = 1.0, generator=None,
+                 eos_token_id=None) -> "Rollout":
+        """Sample one answer to each prompt, from the full softmax(logits / temperature).
+
+        prompts: a list of B non-empty lists of token ids, of any lengths.
+        temperature: 0 takes the most probable token (log-probabilities are those at 1).
+        generator: a torch.Generator on the model's device; None draws from the global random state.
+        eos_token_id: an id, several, or None for "never ends".
+        Stops when every row has ended. With `precision` it samples from a copy in that precision.
+        ValueError for an empty prompt, for one that does not fit the context, and for a negative
+        temperature.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        ids, padding = self.left_padded(prompts, max_new_tokens)                 # (B, P), (B, 1)
+        eos = [-1] if eos_token_id is None else torch.tensor(eos_token_id).view(-1).tolist()
+        decoder = self.decoder_for(len(ids), ids.shape[1] + max_new_tokens, eos)
+        noise = decoder.noise                                                    # (B, V)
+        ask_every = 16 if noise.is_cuda else 1                # asking waits for the GPU
+        for r in range(max_new_tokens):
+            noise.exponential_(generator=generator).log_() if temperature else noise.zero_()
+            decoder.start(ids, padding, temperature or 1.0) if r == 0 else decoder.next()
+            if eos_token_id is not None and r % ask_every == ask_every - 1 and decoder.all_ended():
+                break
+        P, R = ids.shape[1], ids.shape[1] + max_new_tokens
+        tokens, log_probs = decoder.tokens[:, P:R], decoder.log_probs[:, P:R]
+        ends = torch.isin(tokens, decoder.eos).long()
+        real = ends.cumsum(1) == ends                         # nothing has ended before
+        R = int(real.any(0).sum())
+        return Rollout(tokens[:, :R] * real[:, :R], real[:, :R], log_probs[:, :R] * real[:, :R])
+
+    def left_padded(self, prompts, max_new_tokens):
+        """ids (B, P) and how many columns of padding are before each row (B, 1)."""
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or min(lengths) == 0:
+            raise ValueError("generate needs at least one prompt, and at least one token in each")
+        P = max(lengths)
+        if P + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the "
+                             f"model's context of {self.config.max_position_embeddings}")
+        ids = [[0] * (P - n) + list(prompt) for prompt, n in zip(prompts, lengths)]
+        padding = [[P - n] for n in lengths]
+        return torch.tensor(ids, device=self.device), torch.tensor(padding, device=self.device)
+
+    def decoder_for(self, B, width, eos) -> "Decoder":
+        """On CUDA, the decoder that an earlier call of this shape left, with its graph."""
+        model = self.copy_in_precision() if self.precision else self
+        if self.device.type != "cuda":
+            return Decoder(model, B, width, eos)
+        width = -(-width // 64) * 64                          # few widths, few graphs
+        key = (B, width, model.dtype, *eos)
+        decoder = self.decoders.pop(key, None)
+        if decoder is None:
+            if len(self.decoders) == 4:                       # each has its keys and values
+                del self.decoders[next(iter(self.decoders))]
+            decoder = Decoder(model, B, width, eos)
+        self.decoders[key] = decoder                          # last: the one used last
+        return decoder
+
+    def _apply(self, *args, **kwargs):
+        """to(), float(), cuda(): weights may get another place, where no graph reads them."""
+        self.decoders.clear()
+        self.low_precision.clear()
+        return super()._apply(*args, **kwargs)
+
+    def copy_in_precision(self) -> "GPT":
+        """This model with weights in `precision`, as they are now: it decodes twice as fast."""
+        if not self.low_precision:
+            model = copy.deepcopy(self).to(self.precision).requires_grad_(False)
+            model.precision = None
+            self.low_precision.append(model)
+        for low, p in zip(self.low_precision[0].parameters(), self.parameters()):
+            low.copy_(p)
+        return self.low_precision[0]
+
+    def __getstate__(self):                                   # a copy makes its own
+        return self.__dict__ | {"decoders": {}, "low_precision": []}
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id: str, dtype=torch.float32) -> "GPT":
@@ -382,30 +341,33 @@ class GPT(nn.Module):
         if not directory.is_dir():
             directory = download(str(path_or_repo_id))
         if not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face checkpoint")
-        files = sorted(directory.glob("model*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{directory} has no model.safetensors (other weight formats are not read)")
+            raise FileNotFoundError(f"{directory} has no config.json: it holds no checkpoint")
         try:
             hf_config = AutoConfig.from_pretrained(directory)
             config = config_from_hf(hf_config)
-            state = {name: t.to(dtype) for f in files for name, t in load_file(f).items() if "rotary_emb" not in name}
+            state = {}
+            for file in weight_files(directory):
+                state |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()
+                          if "rotary_emb" not in name}
+            if config.tie_word_embeddings:
+                config.tie_word_embeddings = tie(state, directory)
             with torch.device("meta"):                        # no time spent on random weights
                 model = cls(config)
-            if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-                state["lm_head.weight"] = state["model.embed_tokens.weight"]
             model.load_state_dict(state, assign=True)
+        except FileNotFoundError:
+            raise
         except Exception as error:                            # a broken file can raise anything
-            raise ValueError(f"{directory} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        model.tie_weights()                                   # assign=True made two parameters of one
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{directory} cannot be loaded: {reason}") from None
+        model.tie_weights()                                   # assign=True made two of one
         model.source, model.hf_config = directory, hf_config
         return model
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, in the dtype that the weights have.
+        """Write config.json, generation_config.json and model.safetensors, in the weights' dtype.
 
-        A model that from_pretrained loaded keeps what its config said (token ids, for one), and takes the tokenizer and
-        generation files of the directory it came from along: transformers and vLLM load the result as it is.
+        A model that from_pretrained loaded keeps what its config said, and takes the tokenizer and
+        generation files of its directory along: transformers (4.57 too) and vLLM load the result.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -415,116 +377,261 @@ class GPT(nn.Module):
                     shutil.copyfile(file, directory / file.name)
         config = copy.copy(self.hf_config) or config_to_hf(self.config)
         config.eos_token_id = self.config.eos_token_id
+        config.tie_word_embeddings = self.config.tie_word_embeddings
         config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config.save_pretrained(directory)
-        state = {name: t.contiguous() for name, t in self.state_dict().items()
+        saved = read_json(directory / "config.json")
+        saved["rope_theta"] = self.config.rope_theta          # where transformers 4 looks for them
+        saved["rope_scaling"] = self.config.rope_scaling
+        write_json(directory / "config.json", saved)
+        generation = read_json(directory / "generation_config.json")
+        ends = end_tokens(self.config.eos_token_id, generation.get("eos_token_id"))
+        generation["eos_token_id"] = ends or None
+        write_json(directory / "generation_config.json", generation)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
                  if not (self.config.tie_word_embeddings and name == "lm_head.weight")}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-SAME_IN_HF = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-              "eos_token_id")
+# ------------------------------------------------------------------------------------------------
+# Decoding: one token a step, with the keys and values of what is before it kept in a cache.
+
+class Rollout(NamedTuple):
+    """What `generate` returns: answers of one batch, side by side, R = the longest of them."""
+    tokens: torch.Tensor       # (B, R) int64: the sampled tokens; 0 after a row's end
+    mask: torch.Tensor         # (B, R) bool: real response tokens, the first EOS included
+    log_probs: torch.Tensor    # (B, R) float32: of each sampled token; 0 after a row's end
+
+
+class LayerCache(NamedTuple):
+    """A layer's keys and values of all columns, (B, G, width, D), and where the next go, (T,)."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    columns: torch.Tensor
+    seen: int                  # columns beyond it hold nothing yet
+
+    def extend(self, k, v):
+        self.keys.index_copy_(2, self.columns, k)
+        self.values.index_copy_(2, self.columns, v)
+        return self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
+
+
+class Decoder:
+    """B rows in the middle of their answers, padded on the left: all have the same next column.
+
+    `step` touches only tensors that stay where they are: a GPU replays it as a CUDA graph, in which
+    no kernel waits for Python. A CPU runs the same step, over the columns that are in use.
+    """
+
+    def __init__(self, model: GPT, B: int, width: int, eos: list[int]):
+        config, device = model.config, model.device
+        self.model, self.head = model.model, model.head       # not GPT itself, which keeps decoders
+        shape = (B, config.num_key_value_heads, width, config.head_dim)
+        self.layers = [(torch.zeros(shape, dtype=model.dtype, device=device),
+                        torch.zeros(shape, dtype=model.dtype, device=device))
+                       for _ in range(config.num_hidden_layers)]
+        self.columns = torch.arange(width, device=device)
+        self.cos, self.sin = model.model.rotations(self.columns, model.dtype)    # (width, D)
+        self.eos = torch.tensor(eos, device=device)
+        self.rows = torch.arange(B, device=device)            # that are still in the batch, b of B
+        self.alive = torch.ones(B, dtype=torch.bool, device=device)
+        self.padding = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)    # of the last token sampled
+        self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)    # the last token sampled
+        self.noise = torch.zeros(B, model.tokens_in_use, device=device)
+        self.temperature = torch.ones((), device=device)
+        self.tokens = torch.zeros(B, width, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(B, width, device=device)
+        self.graph = self.capture(width, device) if device.type == "cuda" else None
+
+    def start(self, ids, padding, temperature):
+        """Run the prompts ids (B, P) and sample the first token of each answer."""
+        P = ids.shape[1]
+        for cache in (tensor for layer in self.layers for tensor in layer):
+            cache.zero_()                                     # a NaN left there would spread
+        self.padding.copy_(padding)
+        self.alive.fill_(True)
+        self.temperature.fill_(temperature)
+        self.column.fill_(P)
+        self.seen, self.padded = P, bool(padding.any())
+        hidden = self.hidden_states(ids, self.columns[:P], P, self.padded)
+        self.sample(hidden)
+
+    def next(self):
+        """Sample the next token of each row."""
+        self.seen += 1
+        if self.graph is None:
+            self.step(self.seen, self.padded)
+        else:
+            self.graph.replay()
+
+    def step(self, seen: int, masked: bool):
+        hidden = self.hidden_states(self.ids, self.column, seen, masked)
+        self.column.add_(1)
+        self.sample(hidden)
+
+    def hidden_states(self, ids, columns, seen, masked):
+        """The last of the hidden states (b, C) of tokens ids (b, T) in these columns (T,)."""
+        mask = None
+        if masked:
+            mask = visible(self.columns[:seen] >= self.padding, columns, self.cos.dtype)
+        positions = (columns - self.padding).clamp(min=0)                        # (b, T)
+        caches = [LayerCache(keys, values, columns, seen) for keys, values in self.layers]
+        return self.model(ids, self.cos[positions], self.sin[positions], mask, caches)[:, -1]
+
+    def sample(self, hidden):
+        """Tokens by argmax(p / Exponential(1) noise), the Gumbel-max trick, from hidden (b, C).
+
+        The noise is drawn for all B rows, whichever are left: nearly equal models then give nearly
+        equal samples, the common random numbers that make a search's candidates comparable.
+        """
+        logits = F.linear(hidden, self.head).float()                             # (b, V)
+        log_p = F.log_softmax(logits / self.temperature, dim=-1)                 # (b, V)
+        noise = self.noise if len(self.rows) == len(self.noise) else self.noise[self.rows]
+        token = (log_p - noise).argmax(-1)                                       # (b,)
+        self.tokens[self.rows, self.column] = token
+        self.log_probs[self.rows, self.column] = log_p.gather(-1, token[:, None])[:, 0]
+        self.ids.copy_(token[:, None])
+        self.alive &= (self.ids != self.eos).all(-1)
+
+    def all_ended(self) -> bool:
+        """Whether no row is left. On a CPU, ended rows leave the batch once they are half of it."""
+        left = int(self.alive.sum())
+        if self.graph is None and 0 < left <= len(self.rows) // 2:
+            alive = self.alive
+            self.rows, self.padding = self.rows[alive], self.padding[alive]
+            self.ids = self.ids[alive]
+            for i, (keys, values) in enumerate(self.layers):  # one at a time: no second copy of all
+                self.layers[i] = keys[alive], values[alive]
+            self.alive = alive[alive]
+        return left == 0
+
+    @torch.no_grad()
+    def capture(self, width, device):
+        """A CUDA graph of `step` over the whole width, after two steps that set the kernels up."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):                       # the streams are of this GPU
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.step(width, masked=True)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                self.step(width, masked=True)
+        return graph
+
+
+def visible(real, queries, dtype):
+    """A mask to add to the scores, (B, 1, T, N): columns queries (T,) see what is real (B, N).
+
+    Up to themselves, and always themselves: a softmax over nothing would be NaN in padding. 0 where
+    a column is seen, else dtype's lowest number.
+    """
+    columns, queries = torch.arange(real.shape[1], device=real.device), queries[:, None]
+    seen = (columns <= queries) & real[:, None] | (columns == queries)           # (B, T, N)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face's files and configs.
+
+SAME_IN_HF = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+              "rms_norm_eps", "tie_word_embeddings", "eos_token_id")
 # What a checkpoint directory has beside config and weights; saved models get a copy.
-COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template*", "generation_config.json")
+COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json", "chat_template*", "generation_config.json")
 
 
-def llama3_frequencies(freq, scaling: dict):
-    """Llama 3's RoPE, which stretches the long wavelengths of freq (D/2,) to a longer context."""
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns within the old context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)         # 1: short wavelength, left alone; 0: stretched
-    return freq * (keep + (1 - keep) / scaling["factor"])
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, or the only one."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    names = {single.name}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    files = [directory / name for name in sorted(names)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory} has no {missing[0]} (other formats are not read)")
+    return files
+
+
+def tie(state: dict, directory) -> bool:
+    """Make one tensor of embedding and head where the file has one, or two that are equal.
+
+    Two that differ stay two, as in transformers, which goes by the file and not by its config.
+    """
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    found = [state[name] for name in names if name in state]
+    if len(found) == 2 and not torch.equal(*found):
+        warnings.warn(f"{directory}: its config says that embedding and head are tied, its file "
+                      "has two that differ; both are used as they are")
+        return False
+    state |= {name: found[0] for name in names if found}
+    return True
+
+
+def end_tokens(*ids) -> list[int]:
+    """Each once, in this order, of end tokens given as an id, a list of ids, or None."""
+    lists = [i if isinstance(i, list) else [i] for i in ids if i is not None]
+    return list(dict.fromkeys(sum(lists, [])))
+
+
+def read_json(path: Path) -> dict:
+    """{} where there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def config_from_hf(hf) -> GPTConfig:
-    """From a transformers LlamaConfig, Qwen2Config or Qwen3Config; ValueError for what is not supported."""
+    """From a LlamaConfig, Qwen2Config or Qwen3Config; ValueError for what is not supported."""
     if hf.model_type not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"model type {hf.model_type!r} is not supported; llama, qwen2 and qwen3 are")
+        raise ValueError(f"model type {hf.model_type!r} is not supported; llama, qwen2, qwen3 are")
     rope = dict(hf.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
-    unsupported = [name for name, found in [
-        (f"rope type {kind!r}", kind not in ("default", "llama3")),
-        (f"activation {hf.hidden_act!r}", hf.hidden_act != "silu"),
-        ("a bias in the MLP", getattr(hf, "mlp_bias", False)),
-        ("a bias in o_proj", getattr(hf, "attention_bias", False)),
-        ("sliding-window attention", getattr(hf, "use_sliding_window", False)),
-    ] if found]
+    found = {f"rope type {kind!r}": kind not in ("default", "llama3"),
+             f"activation {hf.hidden_act!r}": hf.hidden_act != "silu",
+             "a bias in the MLP": getattr(hf, "mlp_bias", False),
+             "a bias in o_proj": getattr(hf, "attention_bias", False),
+             "sliding-window attention": getattr(hf, "use_sliding_window", False)}
+    unsupported = [name for name, present in found.items() if present]
     if unsupported:
-        raise ValueError(f"this {hf.model_type} checkpoint uses {' and '.join(unsupported)}, not supported here")
+        raise ValueError(f"this {hf.model_type} checkpoint uses {' and '.join(unsupported)}, "
+                         "which is not supported here")
     return GPTConfig(
-        **{name: getattr(hf, name, None) for name in SAME_IN_HF},              # Qwen2's has no head_dim
+        **{name: getattr(hf, name, None) for name in SAME_IN_HF},    # Qwen2's has no head_dim
         rope_theta=theta, rope_scaling=rope if kind == "llama3" else None,
         attention_bias=hf.model_type == "qwen2", qk_norm=hf.model_type == "qwen3")
 
 
 def config_to_hf(config: GPTConfig):
-    """The transformers config of the family that a shape belongs to; ValueError if it belongs to none."""
+    """The transformers config of the family that a shape belongs to; ValueError if it has none."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
     if config.qk_norm and config.attention_bias:
         raise ValueError("no supported Hugging Face family has both attention_bias and qk_norm")
-    family, name = ((Qwen3Config, "Qwen3") if config.qk_norm else
-                    (Qwen2Config, "Qwen2") if config.attention_bias else (LlamaConfig, "Llama"))
+    families = {(False, False): LlamaConfig, (True, False): Qwen2Config, (False, True): Qwen3Config}
+    family = families[config.attention_bias, config.qk_norm]
+    rope = dict(rope_type="default", rope_theta=config.rope_theta) | (config.rope_scaling or {})
+    same = {name: getattr(config, name) for name in SAME_IN_HF}
     return family(
-        **{name: getattr(config, name) for name in SAME_IN_HF}, architectures=[f"{name}ForCausalLM"], bos_token_id=None,
-        rope_parameters={"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta})
+        **same, bos_token_id=None, rope_parameters=rope,
+        architectures=[family.__name__.removesuffix("Config") + "ForCausalLM"])
 
 
 def download(repo_id: str) -> Path:
-    """Fetch a repository's config, safetensors and tokenizer; one clear line where that cannot be done."""
+    """Fetch a repository's config, weights and tokenizer. FileNotFoundError where that fails."""
     from huggingface_hub import snapshot_download
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
         raise FileNotFoundError(f"no directory {repo_id} (a repository id looks like owner/name)")
+    wanted = ["*.json", "model*.safetensors", *COMPANIONS]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "model*.safetensors", *COMPANIONS]))
+        return Path(snapshot_download(repo_id, allow_patterns=wanted))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Faster decoding: packed matrices on a CPU, torch.compile.
-
-PACK = 2 ** 24                 # parameters from which `generate` packs the matrices, on a CPU
-
-
-@contextmanager
-def packed(model: GPT, rows: int):
-    """On a CPU, matrices in oneDNN's own layout as long as it lasts: products with few rows are up to twice as fast.
-
-    rows: for how many at a time it is meant; 0: not at all. Takes a second copy of the matrices, and half a second
-    for 135 M parameters. Models smaller than PACK stay as they are.
-    """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    possible = torch.backends.mkldnn.is_available() and (model.device.type, model.dtype) == ("cpu", torch.float32)
-    if not (rows and possible and sum(linear.weight.numel() for linear in linears) >= PACK):
-        linears = []
-    for linear in linears:
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        linear.forward = functools.partial(times_packed, weight, linear.bias)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward                                # the class's own is back
-
-
-def times_packed(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def compiled(model: GPT, backend, shape):
-    """The transformer under torch.compile, and caches that stay where they are, as CUDA graphs (on a GPU) need it.
-
-    Costs a compilation at the first call, and again where B or the length grows, and the model keeps the caches. Tested
-    on a CPU, where it does not pay; no GPU has run it yet.
-    """
-    options = dict(mode="reduce-overhead") if backend is True else dict(backend=backend)
-    old = model.static_caches and model.static_caches[0][0]
-    if old is None or (old.shape, old.dtype, old.device) != (shape, model.dtype, model.device):
-        zeros = model.head.new_zeros
-        model.static_caches = [(zeros(shape), zeros(shape)) for _ in model.model.layers]
-    for cache in sum(model.static_caches, ()):
-        torch._dynamo.mark_static_address(cache.zero_())
-    return torch.compile(model.model, fullgraph=True, **options), model.static_caches
+        raise FileNotFoundError(
+            f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None

@@ -1,36 +1,34 @@
-"""The metrics against NumPy and by hand, the interventions at their limits, and analyze.py once from end to end."""
+"""The metrics against NumPy and by hand, what is read from disk, and analyze.py end to end."""
 
-import itertools
 import json
 import math
-import random
 import shutil
-import weakref
-from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
+from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
 import analyze
-import effopd
-from analyze import Checkpoint, add, cosines, matrices, principal_components, read_weights, rescaled, truncated, window
-from effopd import (module_of, module_utility, reverse_kl, singular_values, spectral_metrics, subspace_alignment,
-                    undisturbed)
+import train
+from analyze import Checkpoint, Trajectory, cosines, in_two_components, interval, rescaled, truncated
+from effopd import (module_of, module_utility, singular_values, spectral_metrics,
+                    subspace_alignment)
 from model import GPT, GPTConfig
-from train import Chains, Config, Score, answer, distil, evaluate, evaluation_problems, load_models, pack, spread
 
-TOY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_ops=1, base_steps=4,
-           teacher_steps=2, base_batch_size=8, steps=5, batch_size=6, group_size=3, eval_size=10, dv_size=5,
-           device="cpu", lr=1e-2)
+TOY = dict(num_ops=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, base_steps=30,
+           teacher_steps=30, steps=5, batch_size=8, group_size=4, eval_size=20, dv_size=8, lr=1e-3,
+           device="cpu")
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def svd(matrix):
+    return np.linalg.svd(matrix.double().numpy(), full_matrices=False)
 
 
 # Spectra.
@@ -39,73 +37,73 @@ def randn(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(7, 7), (30, 12), (12, 30), (150, 220), (1, 5)])
 def test_spectral_metrics_equal_numpy(shape, noise):
     delta = randn(*shape)
-    if noise is not None:                                     # float32's own Gram matrix would lose it
+    if noise is not None:                                     # float32's own Gram would lose it
         delta = randn(shape[0], 4, seed=1) @ randn(4, shape[1], seed=2) + noise * delta
-    s = np.linalg.svd(delta.double().numpy(), compute_uv=False)
+    s = svd(delta)[1]
     p, k = s / s.sum(), math.ceil(len(s) / 100)
-    expected = dict(spectral_norm=s[0], spectral_ratio=s[0] / np.sqrt((s ** 2).sum()),
-                    effective_rank=np.exp(-(p * np.log(p)).sum()), stable_rank=(s ** 2).sum() / s[0] ** 2,
-                    top1_ratio=np.sqrt((s[:k] ** 2).sum() / (s ** 2).sum()))
+    norm = np.sqrt((s ** 2).sum())
+    expected = dict(spectral_norm=s[0], spectral_ratio=s[0] / norm,
+                    effective_rank=np.exp(-(p * np.log(p)).sum()), stable_rank=(norm / s[0]) ** 2,
+                    top1_ratio=np.sqrt((s[:k] ** 2).sum()) / norm)
     for argument in (delta, torch.from_numpy(s), torch.from_numpy(s).flip(0)):
         assert spectral_metrics(argument) == pytest.approx(expected, rel=1e-5)
-    assert (k == 2) == (shape == (150, 220))                  # so that "top 1%" is not always the first alone
 
 
 def test_spectral_metrics_by_hand():
     """Effective rank of σ, not σ²; the top-1% ratio of norms, not of energies: pitfall 24."""
+    entropy = -4 / 7 * math.log(4 / 7) - 3 / 7 * math.log(3 / 7)
     assert spectral_metrics(torch.diag(torch.tensor([3.0, -4.0]))) == pytest.approx(dict(
         spectral_norm=4, spectral_ratio=4 / 5, stable_rank=25 / 16, top1_ratio=4 / 5,
-        effective_rank=math.exp(-4 / 7 * math.log(4 / 7) - 3 / 7 * math.log(3 / 7))), rel=1e-6)
+        effective_rank=math.exp(entropy)), rel=1e-6)
     assert spectral_metrics(2 * torch.eye(9)) == pytest.approx(dict(
-        spectral_norm=2, spectral_ratio=1 / 3, stable_rank=9, top1_ratio=1 / 3, effective_rank=9), rel=1e-6)
-    one = spectral_metrics(torch.outer(randn(5), randn(8)))   # σ1 aside, every metric of rank 1 is 1
-    assert [v for m, v in one.items() if m != "spectral_norm"] == pytest.approx([1] * 4, abs=1e-5)
-    spread = torch.zeros(250)
-    spread[:4] = torch.tensor([2.0, 2.0, 1.0, 4.0])           # ceil(250 / 100) = 3: 4, 2, 2 of 4, 2, 2, 1
-    assert spectral_metrics(spread)["top1_ratio"] == pytest.approx(math.sqrt(24 / 25))
+        spectral_norm=2, spectral_ratio=1 / 3, stable_rank=9, top1_ratio=1 / 3, effective_rank=9))
+    sigma = torch.zeros(250)
+    sigma[:4] = torch.tensor([2.0, 2.0, 1.0, 4.0])            # ceil(250 / 100) = 3: 4, 2 and 2
+    assert spectral_metrics(sigma)["top1_ratio"] == pytest.approx(math.sqrt(24 / 25))
     assert set(spectral_metrics(torch.zeros(3, 3)).values()) == {0.0}
-    bf16 = randn(20, 20).bfloat16()
-    assert spectral_metrics(bf16) == pytest.approx(spectral_metrics(bf16.float()), rel=1e-6)
+    half = randn(20, 20).bfloat16()
+    assert spectral_metrics(half) == pytest.approx(spectral_metrics(half.float()), rel=1e-6)
 
 
-def test_singular_values_are_those_they_were_made_of_and_rounding_is_zero():
+def test_singular_values_are_those_it_was_made_of_and_rounding_is_zero():
     U, V = (torch.linalg.qr(randn(n, 6, seed=n).double()).Q for n in (20, 9))
     sigma = torch.tensor([100.0, 1.0, 1e-2, 1e-4, 1e-5, 0.0], dtype=torch.float64)
     for delta in (U * sigma @ V.T, V * sigma @ U.T):
         values = singular_values(delta)
-        torch.testing.assert_close(values[:5], sigma[:5], rtol=1e-2, atol=0)               # down to 1e-7 of the largest
+        torch.testing.assert_close(values[:5], sigma[:5], rtol=1e-2, atol=0)
         assert len(values) == 9 and values[5:].eq(0).all()
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 2), torch.tensor(1.0), torch.full((2, 2), math.nan),
-                                   torch.zeros(0, 3)])
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 2, 2), torch.tensor(1.0), torch.zeros(0, 3),
+                                   torch.full((2, 2), math.nan)])
 def test_no_spectrum(wrong):
     with pytest.raises(ValueError, match="finite"):
         spectral_metrics(wrong)
 
 
 def test_the_gaussian_null_is_the_quarter_circle():
-    """Singular values of a square Gaussian fill 0 .. 2 sqrt(r): σ1/||·||_F = 2/sqrt(r), and no low rank."""
+    """Singular values of a square Gaussian fill 0 .. 2 sqrt(r): σ1 / norm = 2 / sqrt(r)."""
     sigma = analyze.gaussian_sigma((300, 300))
     metrics = spectral_metrics(sigma)
     assert sigma.norm().item() == pytest.approx(1)
     assert metrics["spectral_ratio"] == pytest.approx(2 / 300 ** 0.5, rel=0.05)
-    assert 0.7 * 300 < metrics["effective_rank"] < 0.9 * 300 and metrics["stable_rank"] == pytest.approx(75, rel=0.1)
+    assert metrics["stable_rank"] == pytest.approx(75, rel=0.1)
+    assert 0.7 * 300 < metrics["effective_rank"] < 0.9 * 300
 
 
-# Subspaces.
+# Subspaces and paths.
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("k", [1, 3, 12, range(1, 21), [2, 5]])
 def test_subspace_alignment_equals_numpy(k, side):
     a, b = randn(30, 12), randn(30, 12, seed=1) + 0.5 * randn(30, 12)
-    if side == "right":
-        a, b = a.T, b.T
-    U_a, U_b = (np.linalg.svd(x.double().numpy() if side == "left" else x.double().numpy().T)[0] for x in (a, b))
     expected = []
     for i in [k] if isinstance(k, int) else k:
-        angles = np.linalg.svd(U_a[:, :min(i, 12)].T @ U_b[:, :min(i, 12)], compute_uv=False)    # cosines of the angles
+        bases = [svd(matrix)[0][:, :min(i, 12)] for matrix in (a, b)]
+        angles = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)          # their cosines
         expected.append((angles ** 2).mean())
+    if side == "right":
+        a, b = a.T, b.T
     assert subspace_alignment(a, b, k, side) == pytest.approx(np.mean(expected), rel=1e-5)
     assert subspace_alignment(b, a, k, side) == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -113,68 +111,80 @@ def test_subspace_alignment_equals_numpy(k, side):
 def test_subspace_alignment_by_hand():
     e = torch.eye(4)
     a, turned = torch.outer(e[0], e[0]), torch.outer(e[0], e[1])
-    assert subspace_alignment(a, turned, 1, "left") == 1 and subspace_alignment(a, turned, 1, "right") == 0
-    angle = 0.3
-    c, s = math.cos(angle), math.sin(angle)
-    rotation = torch.tensor([[c, -s], [s, c]])
-    d = torch.diag(torch.tensor([2.0, 1.0]))
+    assert subspace_alignment(a, turned, 1, "left") == 1
+    assert subspace_alignment(a, turned, 1, "right") == 0
+    c, s = math.cos(0.3), math.sin(0.3)
+    d, rotation = torch.diag(torch.tensor([2.0, 1.0])), torch.tensor([[c, -s], [s, c]])
     assert subspace_alignment(d, rotation @ d, 1) == pytest.approx(c * c, abs=1e-6)
     assert subspace_alignment(d, rotation @ d, 2) == pytest.approx(1, abs=1e-6)
     assert subspace_alignment(d, rotation @ d, 1, "right") == pytest.approx(1, abs=1e-6)
-    update = randn(20, 9)
-    assert subspace_alignment(update, 3 * update, range(1, 21)) == pytest.approx(1, abs=1e-5)      # with itself
-    random_pairs = np.mean([subspace_alignment(randn(40, 40, seed=i), randn(40, 40, seed=99 + i), 10)
-                            for i in range(20)])
-    assert random_pairs == pytest.approx(10 / 40, rel=0.1)    # not 0: why a null belongs beside it
+    pairs = [subspace_alignment(randn(40, 40, seed=i), randn(40, 40, seed=99 + i), 10)
+             for i in range(20)]
+    assert np.mean(pairs) == pytest.approx(10 / 40, rel=0.1)  # not 0: why a null belongs beside it
 
 
 @pytest.mark.parametrize("a, b, side, words", [
     (torch.eye(2), torch.eye(3), "left", "shapes"), (torch.eye(2), torch.eye(2), "top", "side"),
-    (torch.eye(2), torch.zeros(2, 2), "left", "zero matrix"), (torch.ones(2), torch.ones(2), "left", "shapes")])
+    (torch.eye(2), torch.zeros(2, 2), "left", "zero"), (torch.ones(2), torch.ones(2), "left", "s")])
 def test_no_alignment(a, b, side, words):
     with pytest.raises(ValueError, match=words):
         subspace_alignment(a, b, 1, side)
 
 
 def test_a_random_walk_aligns_more_and_more_with_its_end():
-    """Pitfall 25. Its cosine to the end is sqrt(t / T), to the way not yet gone 0; its subspaces rise to 1."""
+    """Pitfall 25. Its cosine to the end is sqrt(t / T), to what is left 0; its subspaces rise."""
     steps = (1, 4, 16, 64)
-    walk = analyze.walk_alignment([(60, 50)], steps)          # (t, 20)
-    assert (np.diff(walk.mean(1)) > 0).all() and walk[-1] == pytest.approx(1, abs=1e-4)
-    assert walk[0, 19] == pytest.approx(20 * (1 / 60 + 1 / 50) / 2, abs=0.1)     # one step of 64: chance
+    walk = analyze.walk_alignment((60, 50), steps)
+    assert (np.diff(walk) > 0).all() and walk[-1] == pytest.approx(1, abs=1e-4)
+    chance = np.mean([k * (1 / 60 + 1 / 50) / 2 for k in range(1, 21)])
+    assert walk[0] == pytest.approx(chance, abs=0.1)          # one step of 64
     path = torch.cumsum(randn(64, 20_000), 0)[[t - 1 for t in steps]].double()
-    gram = path @ path.T
-    for i, t in enumerate(steps):
-        end, rest = cosines(gram, i, 3)
-        assert end == pytest.approx((t / 64) ** 0.5, abs=0.03) and abs(rest) < 0.03
-    assert cosines(torch.ones(2, 2).double(), 0, 1) == (1, 0)                    # already there
-    turn = torch.tensor([[1.0, 0.0], [2.0, 1.0]]).double()    # from (1, 0) on to (2, 1)
-    assert cosines(turn @ turn.T, 0, 1) == pytest.approx((2 / 5 ** 0.5, 0.5 ** 0.5))
+    to_end, to_rest = cosines(path @ path.T)
+    assert to_end.tolist() == pytest.approx([(t / 64) ** 0.5 for t in steps], abs=0.03)
+    assert to_rest.tolist() == pytest.approx([0.0] * 4, abs=0.03)
 
 
-def test_principal_components_equal_numpys():
-    points = randn(6, 40).double()
-    coordinates, variance = principal_components(points @ points.T)
-    U, s, _ = np.linalg.svd((points - points.mean(0)).numpy(), full_matrices=False)
-    assert variance[:5].tolist() == pytest.approx(s[:5] ** 2 / (s ** 2).sum(), rel=1e-6)
-    assert coordinates[:, 0].abs().tolist() == pytest.approx(abs(U[:, 0] * s[0]), rel=1e-6)
-    line = torch.outer(torch.arange(4.0), randn(9)).double()
-    assert principal_components(line @ line.T)[1][0].item() == pytest.approx(1)
+def test_cosines_by_hand():
+    turn = torch.tensor([[1.0, 0.0], [2.0, 1.0]]).double()    # to (1, 0), then on by (1, 1)
+    to_end, to_rest = cosines(turn @ turn.T)
+    assert to_end.tolist() == pytest.approx([2 / 5 ** 0.5, 1])
+    assert to_rest.tolist() == pytest.approx([0.5 ** 0.5, 0])
+    assert cosines(torch.ones(2, 2).double())[1].tolist() == [0, 0]              # there already
+
+
+def test_variance_in_two_components_equals_numpys():
+    points = np.vstack([np.zeros(40), np.cumsum(randn(6, 40).numpy(), axis=0)])
+    s = np.linalg.svd(points - points.mean(0), compute_uv=False)
+    gram = torch.from_numpy(points[1:] @ points[1:].T)
+    expected = 100 * (s[:2] ** 2).sum() / (s ** 2).sum()
+    assert in_two_components(gram.double()) == pytest.approx(expected, rel=1e-4)
 
 
 # Modules and their utility.
 
-@pytest.mark.parametrize("name, expected", [
-    ("model.layers.3.self_attn.q_proj.weight", (3, "q")), ("model.layers.3.self_attn.k_proj.bias", (3, "bias")),
-    ("model.layers.12.self_attn.v_proj.weight", (12, "v")), ("model.layers.0.self_attn.o_proj.weight", (0, "o")),
-    ("model.layers.1.mlp.gate_proj.weight", (1, "gate")), ("_orig_mod.model.layers.1.mlp.up_proj.weight", (1, "up")),
-    ("layers.1.mlp.down_proj.weight", (1, "down")), ("model.layers.1.input_layernorm.weight", (1, "norm")),
-    ("model.layers.1.post_attention_layernorm.weight", (1, "norm")),
-    ("model.layers.1.self_attn.q_norm.weight", (1, "norm")),
-    ("model.norm.weight", (None, "norm")), ("model.embed_tokens.weight", (None, "embedding")),
-    ("lm_head.weight", (None, "head")), ("transformer.h.4.attn.c_attn.weight", (4, "c_attn"))])
-def test_module_of(name, expected):
-    assert module_of(name) == expected
+@pytest.mark.parametrize("name, module, role", [
+    ("model.layers.3.self_attn.q_proj.weight", (3, "q"), "attention"),
+    ("model.layers.3.self_attn.k_proj.bias", (3, "bias"), "attention"),
+    ("model.layers.12.self_attn.v_proj.weight", (12, "v"), "attention"),
+    ("model.layers.0.self_attn.o_proj.weight", (0, "o"), "attention"),
+    ("_orig_mod.model.layers.1.mlp.up_proj.weight", (1, "up"), "mlp"),
+    ("layers.1.mlp.down_proj.weight", (1, "down"), "mlp"),
+    ("model.layers.1.post_attention_layernorm.weight", (1, "norm"), "norm"),
+    ("model.layers.1.self_attn.q_norm.weight", (1, "norm"), "norm"),
+    ("model.norm.weight", (None, "norm"), "norm"),
+    ("model.embed_tokens.weight", (None, "embedding"), "embedding"),
+    ("lm_head.weight", (None, "head"), "head"),
+    ("model.layers.2.self_attn.qkv_proj.weight", (2, "qkv"), "attention"),       # Phi-3
+    ("model.layers.2.mlp.gate_up_proj.weight", (2, "gate_up"), "mlp"),
+    ("transformer.h.4.attn.c_attn.weight", (4, "qkv"), "attention"),             # GPT-2
+    ("transformer.h.4.attn.c_proj.weight", (4, "o"), "attention"),
+    ("transformer.h.4.mlp.c_fc.bias", (4, "bias"), "mlp"),
+    ("transformer.h.4.mlp.c_proj.weight", (4, "down"), "mlp"),
+    ("transformer.h.4.ln_1.bias", (4, "bias"), "norm"),
+    ("transformer.wpe.weight", (None, "embedding"), "embedding"),
+    ("model.decoder.layers.0.fc1.weight", (0, "fc1"), "other")])                 # OPT
+def test_module_and_role(name, module, role):
+    assert module_of(name) == module and analyze.role_of(name) == role
 
 
 def test_utility_is_the_loss_taken_off_per_unit_of_norm():
@@ -187,590 +197,384 @@ def test_utility_is_the_loss_taken_off_per_unit_of_norm():
                            dict(down=-0.1 * g, up=3 * g, aside=g, still=0 * g, none=g))
     size = g.norm().item()
     assert worth == pytest.approx(dict(down=size, up=-size, aside=0, still=0), rel=1e-6, abs=1e-6)
-    step = 1e-4 * randn(4, 3, seed=2).double()                # any small step, against the loss itself
+    step = 1e-4 * randn(4, 3, seed=2).double()                # any small step, against the loss
     gained = (loss(w) - loss(w + step)).item() / step.norm().item()
     assert module_utility(dict(w=g), dict(w=step))["w"] == pytest.approx(gained, rel=1e-2)
+
+
+# Statistics.
+
+@pytest.mark.parametrize("n", [2, 5, 6, 8, 30])
+def test_the_interval_has_95_percent_of_students_t(n):
+    s = interval([0.0, 2.0] * (n // 2) + [1.0] * (n % 2))
+    assert s["mean"] == 1 and s["n"] == n
+    assert s["mean"] - s["low"] == pytest.approx(s["high"] - s["mean"])
+    error = np.std([0.0, 2.0] * (n // 2) + [1.0] * (n % 2), ddof=1) / n ** 0.5
+    t, df = (s["high"] - 1) / error, n - 1
+    x = np.linspace(0, t, 100_001)
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    density = scale * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+    assert 2 * np.trapezoid(density, x) == pytest.approx(0.95, abs=3e-4)
+
+
+def test_intervals_of_lists_of_dicts_and_of_nothing():
+    lists = interval([[1.0, 5.0], [3.0, 5.0]])
+    assert lists["mean"] == [2.0, 5.0] and lists["high"] == pytest.approx([14.706, 5.0], abs=1e-3)
+    assert interval([{"a": {"b": 1.0}}, {"a": {"b": 3.0}}])["a"]["b"]["mean"] == 2
+    assert interval([None, 4.0]) == dict(mean=4.0, low=None, high=None, n=1)
+    assert interval([None]) == interval([]) == dict(mean=None, low=None, high=None, n=0)
+    numbers = {"OPD": {"x": interval([1.0, 2.0])}, "RL": {"x": interval([None])}}
+    assert analyze.say(numbers, "x") == "OPD 1.5 ± 6.4, RL -"
 
 
 # Reading.
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A tied base and two later selves on disk, and their state dicts."""
+    """A tied base and two later selves on disk, and their weights."""
     folder, states = tmp_path_factory.mktemp("pair"), []
     model = GPT(GPTConfig(11, 16, 24, 2, 2))
     for i, name in enumerate(("base", "step_000004", "final")):
-        with torch.no_grad():
-            for n, p in enumerate(model.parameters()):
-                p.add_(0.01 * randn(*p.shape, seed=100 * i + n) if i else 0)
+        for n, p in enumerate(model.parameters()):
+            p.data += 0.01 * randn(*p.shape, seed=100 * i + n) if i else 0.0
         model.save_pretrained(folder / name)
         states.append({name: p.detach().clone() for name, p in model.named_parameters()})
     return folder, states
 
 
-def test_gram_norms_and_svd_are_those_of_the_update(pair):
-    folder, (base, *later) = pair
-    points = [Checkpoint(folder / name) for name in ("step_000004", "final")]
-    weights = read_weights(Checkpoint(folder / "base"), points, whole={1})
-    assert set(weights.gram) == set(base) and "lm_head.weight" not in weights.gram     # tied: one entry, pitfall 22
-    for name, gram in weights.gram.items():
-        flat = np.stack([(state[name] - base[name]).double().numpy().ravel() for state in later])
-        assert gram.numpy() == pytest.approx(flat @ flat.T, rel=1e-5)
-    assert set(weights.svd) == {n for n, p in base.items() if p.ndim == 2 and "layers" in n} and len(weights.svd) == 14
-    for name, (_, (U, sigma, Vh)) in weights.svd.items():
-        torch.testing.assert_close(U * sigma @ Vh, later[1][name] - base[name], atol=1e-6, rtol=0)
-    shares = weights.norm_shares(1)
-    assert sum(shares.values()) == pytest.approx(1) and shares[1, "norm"] > 0 and len(shares) == 2 * 8 + 2
-    squares = {n: (later[1][n] - base[n]).square().sum().item() for n in base}
-    expected = squares["model.layers.1.mlp.up_proj.weight"] / sum(squares.values())
-    assert shares[1, "up"] == pytest.approx(expected, rel=1e-5)
-    e, f = base["model.embed_tokens.weight"], later[1]["model.embed_tokens.weight"]
-    expected = np.mean([float(x @ y / (x.norm() * y.norm())) for x, y in zip(e, f)])
-    assert weights.embedding_cosine[1] == pytest.approx(expected, abs=1e-5)
-    assert weights.alignment(1, 1) == pytest.approx(np.ones(20), abs=1e-5)    # a checkpoint with itself
-    assert (weights.alignment(0, 1)[:3] < 0.99).all()
+def trajectory(folder, *names):
+    points = [Checkpoint(folder / name) for name in names]
+    return Trajectory(Checkpoint(folder / "base"), points, list(range(1, 1 + len(points))))
 
 
-def test_rows_in_blocks_shards_and_stored_heads_change_nothing(pair, tmp_path, monkeypatch):
-    folder, (base, _, final) = pair
-    whole = read_weights(Checkpoint(folder / "base"), [Checkpoint(folder / "final")])
+def test_what_is_kept_of_the_updates(pair):
+    folder, (base, early, final) = pair
+    run = trajectory(folder, "step_000004", "final")
+    deltas = [{name: w - base[name] for name, w in state.items()} for state in (early, final)]
+    flat = [torch.cat([d.flatten() for d in delta.values()]).double().numpy() for delta in deltas]
+    assert run.gram.numpy() == pytest.approx(np.array(flat) @ np.array(flat).T, rel=1e-5)
+    assert run.squares == pytest.approx({n: d.norm().item() ** 2 for n, d in deltas[1].items()})
+    assert len(run.sigmas) == 14 and set(run.squares) == set(base)
+    alignments = []
+    for name, sigmas in run.sigmas.items():
+        assert sigmas[0].numpy() == pytest.approx(svd(deltas[0][name])[1], abs=1e-6)
+        for side in ("left", "right"):
+            pair_of = deltas[0][name], deltas[1][name]
+            alignments.append(subspace_alignment(*pair_of, range(1, 21), side))
+    assert run.alignment == pytest.approx([np.mean(alignments), 1], abs=1e-4)
+    rows = [float(x @ y / (x.norm() * y.norm())) for x, y in
+            zip(base["model.embed_tokens.weight"], final["model.embed_tokens.weight"])]
+    assert run.embedding_cosine == pytest.approx(np.mean(rows), abs=1e-5)
+
+
+def test_blocks_of_rows_shards_and_a_stored_head_change_nothing(pair, tmp_path, monkeypatch):
+    """Only the shards that the index names are read; a tied head is one entry: pitfall 22."""
+    folder, _ = pair
+    whole = trajectory(folder, "final")
+    shutil.copytree(folder / "base", tmp_path / "base")
     state = load_file(folder / "final" / "model.safetensors")
-    names = sorted(state)
-    save_file({n: state[n] for n in names[:5]}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({n: state[n] for n in names[5:]} | {"lm_head.weight": state["model.embed_tokens.weight"].clone()},
-              tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "config.json").write_text((folder / "final" / "config.json").read_text())
-    real = Checkpoint.read
-    heights = []
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    shards, files = tmp_path / "final", ("a.safetensors", "b.safetensors")
+    shards.mkdir()
+    names = [sorted(state)[:5], sorted(state)[5:]]
+    for file, part in zip(files, names):
+        save_file({name: state[name] for name in part}, shards / file)
+    save_file({"old": torch.ones(3)}, shards / "model.safetensors")              # not in the index
+    index = {name: file for file, part in zip(files, names) for name in part}
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    most, read = [], Checkpoint.read
 
-    def read(self, name, start=0, stop=None):
-        heights.append((start, stop))
-        return real(self, name, start, stop)
+    def recorded(self, name, rows=slice(None)):
+        tensor = read(self, name, rows)
+        if rows != slice(None):
+            most.append(tensor.numel())
+        return tensor
 
-    monkeypatch.setattr(Checkpoint, "read", read)
-    monkeypatch.setattr(analyze, "BLOCK", 64)                 # numbers at a time
-    blocks = read_weights(Checkpoint(folder / "base"), [Checkpoint(tmp_path)])
-    assert max(start for start, _ in heights) > 0 and set(whole.gram) == set(blocks.gram)
-    assert all(torch.allclose(whole.gram[n], blocks.gram[n], rtol=1e-6) for n in whole.gram)
-    assert whole.embedding_cosine == pytest.approx(blocks.embedding_cosine)
-
-
-def test_bf16_checkpoints_come_with_a_warning(pair, tmp_path, capsys):
-    """Pitfall 23: rounding to bf16 turns a small update into another one."""
-    folder, (base, *_) = pair
-    read_weights(Checkpoint(folder / "base"), [Checkpoint(folder / "final")])
-    assert "warning" not in capsys.readouterr().err
-    model = GPT.from_pretrained(folder / "base", dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    read_weights(Checkpoint(folder / "base"), [Checkpoint(tmp_path)])
-    assert "float32 checkpoints" in capsys.readouterr().err
+    monkeypatch.setattr(Checkpoint, "read", recorded)
+    monkeypatch.setattr(analyze, "BLOCK", 64)
+    blocks = trajectory(tmp_path, "final")
+    assert max(most) <= 64 and blocks.squares == pytest.approx(whole.squares)
+    assert blocks.embedding_cosine == pytest.approx(whole.embedding_cosine)
 
 
 def test_rows_that_did_not_move_are_left_out_of_the_embedding_cosine(pair, tmp_path):
-    folder, (base, *_) = pair
+    folder, _ = pair
     state = load_file(folder / "base" / "model.safetensors")
-    points = []
-    for name, row in (("model.embed_tokens.weight", 3), ("model.layers.0.mlp.up_proj.weight", 0)):
-        moved = {n: w.clone() for n, w in state.items()}
-        moved[name][row] *= -1
-        (tmp_path / name).mkdir()
-        save_file(moved, tmp_path / name / "model.safetensors")
-        points.append(Checkpoint(tmp_path / name))
-    weights = read_weights(Checkpoint(folder / "base"), points)
-    assert weights.embedding_cosine == pytest.approx([-1.0, 1.0])                # the second moved no row at all
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "moved").mkdir()
+    state["model.embed_tokens.weight"][3] *= -1
+    state["model.layers.0.mlp.up_proj.weight"] += 0.1
+    save_file(state, tmp_path / "moved" / "model.safetensors")
+    assert trajectory(tmp_path, "moved").embedding_cosine == pytest.approx(-1)
 
 
 # Interventions.
 
-@pytest.fixture(scope="module")
-def update(pair):
-    _, (base, _, final) = pair
-    return base, {name: final[name] - base[name] for name in base}
-
-
-def close(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=0)
-
-
-def test_windows_partition_and_at_full_width_are_the_whole_update(update):
-    base, delta = update
-    for layer in (0, 1):
-        close(window(delta, layer, 1, "mlp") | window(delta, layer, 1, "attention"), matrices(delta))
-        assert len(window(delta, layer, 0, "mlp")) == 3 and len(window(delta, layer, 0, "attention")) == 4
-        assert all(f"layers.{layer}.mlp" in name for name in window(delta, layer, 0, "mlp"))
-    trained = add(base, window(delta, 0, 2, "mlp") | window(delta, 0, 2, "attention"))
-    for name, w in trained.items():
-        torch.testing.assert_close(w, base[name] + delta[name] if "proj" in name else base[name])
-    assert [analyze.window_reach(layers) for layers in (1, 3, 8, 36)] == [0, 0, 1, 8]     # the paper: 8 of 28 to 48
-
-
-def test_low_rank_parts(update):
-    _, delta = update
-    delta = matrices(delta)
+def test_parts_of_the_directions():
+    delta = {"w": randn(16, 24), "v": randn(24, 16, seed=1)}
     svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in delta.items()}
-    close(truncated(svds, 100, "top"), delta)
-    close(truncated(svds, 100, "bottom"), delta)
-    close(add(truncated(svds, 50, "top"), truncated(svds, 50, "bottom")), delta)   # 8 of 16 directions and the other 8
-    for name, d in truncated(svds, 25, "top").items():
-        s = torch.linalg.svdvals(d)
-        torch.testing.assert_close(s[:4], svds[name][1][:4], atol=1e-6, rtol=0)
-        assert s[4] < 1e-6 and torch.linalg.matrix_rank(truncated(svds, 1, "bottom")[name]) == 1
-    assert analyze.frobenius(analyze.scaled_to(delta, 7.0)) == pytest.approx(7, rel=1e-5)
+    halves = [truncated(svds, 50, end) for end in ("top", "bottom")]             # 8 of 16 each
+    for name, d in delta.items():
+        torch.testing.assert_close(truncated(svds, 100, "top")[name], d, atol=1e-5, rtol=0)
+        torch.testing.assert_close(halves[0][name] + halves[1][name], d, atol=1e-5, rtol=0)
+        sigma = svd(truncated(svds, 25, "top")[name])[1]
+        assert sigma[:4] == pytest.approx(svd(d)[1][:4], abs=1e-4) and sigma[4] < 1e-5
+        assert torch.linalg.matrix_rank(truncated(svds, 1, "bottom")[name]) == 1
 
 
-def test_an_early_update_rescaled(update):
-    _, final = update
-    early = {name: (0.1 + i) * randn(*d.shape, seed=i) for i, (name, d) in enumerate(final.items())}
-    early["model.norm.weight"].zero_()
-    close(rescaled(early, final, 0.0), early)
-    for name, d in rescaled(early, final, 1.0).items():       # module by module, in the early direction
-        if early[name].any():
-            assert d.norm().item() == pytest.approx(final[name].norm().item(), rel=1e-4)
-            assert torch.cosine_similarity(d.flatten(), early[name].flatten(), 0).item() == pytest.approx(1, abs=1e-5)
-        else:
-            assert not d.any()
-    half = rescaled(dict(w=torch.tensor([[2.0]])), dict(w=torch.tensor([[-6.0]])), 0.5)
-    assert half["w"].item() == 4.0                            # 2 (1 + 0.5 (6 / 2 - 1))
+def test_an_early_update_rescaled():
+    early = {"a": torch.tensor([[2.0]]), "b": randn(3, 4), "zero": torch.zeros(2)}
+    final = {"a": torch.tensor([[-6.0]]), "b": 5 * randn(3, 4, seed=1), "zero": torch.ones(2)}
+    assert rescaled(early, final, 0.5)["a"].item() == 4.0     # 2 (1 + 0.5 (6 / 2 - 1))
+    for name, d in rescaled(early, final, 0.0).items():
+        torch.testing.assert_close(d, early[name])
+    stretched = rescaled(early, final, 1.0)
+    assert stretched["b"].norm().item() == pytest.approx(final["b"].norm().item(), rel=1e-5)
+    assert torch.cosine_similarity(stretched["b"].flatten(), early["b"].flatten(), 0) > 0.9999
+    assert not stretched["zero"].any()
 
 
-def test_interventions_start_and_end_where_they_should(update):
-    base, delta = update
-    svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in matrices(delta).items()}
-    halves = {name: d / 2 for name, d in delta.items()}
-    run = analyze.Run("x", None, [1, 10], range(2))
-    jobs = analyze.interventions(base, [halves, delta].__getitem__, svds, run, 0.5, num_layers=2)
-    trained = add(base, delta)
-    close(jobs["step", 10](), trained)
-    close(jobs["step", 1](), add(base, halves))
-    close(jobs["alpha", 0.4](), add(base, delta, 0.4))
-    close(jobs["early", 1, 1.0](), trained)                   # half the update has its direction
-    close(jobs["bottom", 50](), add(base, truncated(svds, 50, "bottom")))
-    close(add(jobs["leave out", "mlp", 1](), window(delta, 1, 0, "mlp")), trained)
-    close(jobs["inject", "attention", 0](), add(base, window(delta, 0, 0, "attention")))
-    back = jobs["embeddings back",]()
-    assert torch.equal(back["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
-    back["model.embed_tokens.weight"] = trained["model.embed_tokens.weight"]
-    close(back, trained)
-    for k in (1, 100):
-        moved = {name: w - base[name] for name, w in jobs["top", k]().items()}
-        assert analyze.frobenius(moved) == pytest.approx(0.5, rel=1e-4)          # one norm for every k and method
-    assert analyze.Run("x", None, [1, 2, 4, 8, 40], range(5)).early == 2
-    assert analyze.Run("x", None, [1], range(1)).early == 0
+# End to end.
 
+def train_toy(home, directory, **settings):
+    options = TOY | dict(cache_dir=home / "cache", out_dir=home / directory) | settings
+    train.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    return home / directory
 
-def test_interventions_keep_no_update_but_the_last(update):
-    base, delta = update
-    svds = {name: torch.linalg.svd(d, full_matrices=False) for name, d in matrices(delta).items()}
-    read, name = [], "model.norm.weight"
-
-    def delta_at(i):
-        piece = {n: (i + 1) / 3 * d for n, d in delta.items()}
-        read.append((i, weakref.ref(piece[name])))
-        return piece
-
-    jobs = analyze.interventions(base, delta_at, svds, analyze.Run("x", None, [1, 2, 20], range(3)), 0.5, num_layers=2)
-    assert [i for i, _ in read] == [2]
-    for what, make in jobs.items():
-        make()
-        assert not any(alive() is not None for _, alive in read[1:]), what
-    assert {i for i, _ in read} == {0, 1, 2} and read[0][1]() is not None
-
-
-def test_the_kl_is_that_of_all_logits_without_ever_holding_them(runs, monkeypatch):
-    config = Config(**TOY, cache_dir=str(runs / "cache"))
-    task = Chains(config.num_ops, config.digits)
-    student, teacher = load_models(config, task)
-    problems = task.problems(20, random.Random(0))
-    weights = {name: p.detach() * 1.1 for name, p in student.named_parameters()}
-    most = 0
-
-    class Logits(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            nonlocal most
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (task.vocab_size,):
-                most = max(most, out.numel() // task.vocab_size)
-            return out
-
-    monkeypatch.setattr(effopd, "rows_at_once", lambda head: 20)
-    with Logits():
-        right, kl = analyze.measure_with(student, teacher, task, problems)(weights)
-    assert 0 < most <= 20                                     # 20 prompts, and as many tokens at a time
-    assert all(torch.equal(p, weights[name]) for name, p in student.named_parameters())
-    expected, answers = evaluate(student, task, problems)
-    batch = pack([task.encode(p) for p in problems], answers, "cpu")
-    whole = reverse_kl(student(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.mask)
-    assert batch.mask.sum() > 60 and right == expected and kl == pytest.approx(whole.item(), rel=1e-5)
-    with pytest.raises(KeyError):
-        analyze.put(student, {name: w for name, w in weights.items() if "norm" not in name})
-
-
-def test_statistics_by_hand():
-    assert spread(dict(mean=0.12345, low=0.1, high=2, n=3), ".2f") == "0.12 [0.10, 2.00]"
-    assert spread(dict(mean=1234.5, low=None, high=None, n=1), ",.0f") == "1,234"
-    assert analyze.interval([2.0]) == {"mean": 2.0, "half": None, "n": 1} and analyze.interval([None]) is None
-    three = analyze.interval([1.0, 2.0, None, 3.0])           # sd 1, t(2) = 4.303, sqrt(3)
-    assert three["mean"] == 2 and three["n"] == 3 and three["half"] == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
-    assert analyze.crossing([0, 1, 2], [0.4, 0.6, 0.8], 0.7) == pytest.approx(1.5)
-    assert analyze.crossing([0, 1], [0.4, 0.6], 0.7) is None
-
-
-# Drawing.
-
-@pytest.fixture
-def study(tmp_path):
-    """Four settings, two seeds each."""
-    labels = ("OPD", *(f"EffOPD, candidates doubling, dv_size {size}, lr 0.0003" for size in (10, 100, 1000)))
-    runs = [analyze.Run(label, Path(f"{label}{seed}"), [1], range(1)) for label in labels for seed in (0, 1)]
-    return analyze.Study(None, runs, (), (), {}, tmp_path)
-
-
-def boxes(figure, artists):
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return [artist.get_tightbbox(canvas.get_renderer()) for artist in artists]
-
-
-def test_the_legend_covers_no_panel_and_bars_labels_do_not_touch(study, tmp_path):
-    figure, axes = analyze.canvas("title", *[("panel", "x", "y")] * 3)
-    stats = study.each(lambda run: 0.55)
-    for axis in axes:
-        analyze.bars(axis, stats, offset=-0.2, width=0.4)
-        analyze.bars(axis, stats, offset=0.2, width=0.4, alpha=0.4)
-    analyze.draw(axes[0], study, lambda run: ([0, 1], [0, 1]), named=True)
-    axes[1].axhline(0.5, label="null")
-    axes[2].axhline(0.5, label="null")
-    analyze.save(figure, tmp_path / "figure.png")
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [*study.groups, "null"]
-    (legend,) = boxes(figure, [legend])
-    assert legend.x0 > 0 and legend.x1 < figure.bbox.x1 and not any(map(legend.overlaps, boxes(figure, axes)))
-    for axis in axes:
-        labels = boxes(figure, axis.texts)
-        assert len(labels) == 8 and not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
-
-
-def test_a_band_stays_on_a_logarithmic_axis(study):
-    _, (plain, log) = analyze.canvas("title", *[("panel", "x", "y")] * 2)
-    log.set_yscale("log")
-    asked = []
-
-    def f(run):                                               # seeds far apart: the interval reaches below zero
-        asked.append(run)
-        return [1, 2], [0.1, 1.0] if run.directory.name.endswith("0") else [0.2, 3.0]
-
-    for axis in (plain, log):
-        analyze.draw(axis, study, f)
-    assert len(asked) == 2 * len(study.runs)                  # each is asked once
-    low = [min(path.vertices[:, 1].min() for band in axis.collections for path in band.get_paths())
-           for axis in (plain, log)]
-    assert low[0] < 0 and low[1] == pytest.approx(0.015)      # a tenth of the mean
-
-
-def test_the_figure_of_dv_in_plain_words(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(analyze.plt, "close", figures.append)
-    one, five = dict(mean=0.3, low=None, high=None, n=1), dict(mean=0.3, low=0.2, high=0.5, n=5)
-    for stats in (one, five):
-        analyze.draw_dv({name: {str(size): stats for size in analyze.DV_SIZES} for name in analyze.RATES},
-                        tmp_path / "dv.png")
-        words = [text.get_text() for text in figures[-1].legends[0].get_texts()]
-        assert not {"curse", "null accepted", "false accepts"} & set(words) and len(set(words)) == 5
-        assert max(map(len, words)) < 30
-        caps = [line for axis in figures[-1].axes for line in axis.lines if line.get_marker() in ("_", "|")]
-        assert len(caps) == (0 if stats["n"] == 1 else 10)
-    monkeypatch.undo()
-    for figure in figures:
-        analyze.plt.close(figure)
-
-
-# The size of D_v.
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    for method, seed in [("opd", 0), ("opd", 1), ("effopd", 0), ("sft", 0)]:
-        config = Config(**TOY, method=method, seed=seed, score="batch_kl", cache_dir=str(home / "cache"))
-        task = Chains(config.num_ops, config.digits)
-        student, teacher = load_models(config, task)
-        (home / "runs" / f"{method}-s{seed}").mkdir(parents=True)
-        distil(config, task, student, teacher, home / "runs" / f"{method}-s{seed}", method)
+    train_toy(home, "runs/opd", method="opd")
+    train_toy(home, "runs/opd-1", method="opd", seed=1, eval_every=2)
+    train_toy(home, "runs/rl", method="rl")
     return home
 
 
-def test_decisions_are_those_of_all_subsets():
-    """Against every choice of 3 of 8 problems, searched by the letter."""
-    right = np.array([[1, 0, 0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 1, 0, 0],
-                      [1, 1, 1, 1, 0, 1, 1, 0]], dtype=float)
-    again = np.array([0, 1, 0, 0, 1, 0, 0, 0], dtype=float)
-    truth, sums, subsets = right.mean(1), dict.fromkeys(analyze.decisions(right, again, 3), 0.0), 0
-    assert truth[1] > truth[0] and truth[2] <= truth[1] and truth[3] > truth[2]  # both kinds of error can occur
-    for subset in map(list, itertools.combinations(range(8), 3)):
-        kept, others = 0, [i for i in range(8) if i not in subset]
-        for k in (1, 2, 3):
-            accepted, better = right[k, subset].sum() > right[k - 1, subset].sum(), truth[k] > truth[k - 1]
-            sums["better_asked" if better else "worse_asked"] += 1
-            sums["worse_accepted"] += accepted and not better
-            sums["better_rejected"] += better and not accepted
-            if not accepted:
-                break
-            kept = k
-        sums["lost"] += truth[1] - truth[kept]                # all 8 problems keep the first candidate
-        sums["jumps"] += kept > 0
-        sums["curse"] += (right[kept, subset].mean() - right[kept, others].mean()) * (kept > 0)
-        sums["null_higher"] += again[subset].sum() > right[0, subset].sum()
-        subsets += 1
-    got = analyze.decisions(right, again, 3, draws=20_000)
-    assert got.pop("draws") == 20_000 and sums.pop("draws") == 0
-    for name, value in sums.items():
-        assert got[name] / 20_000 == pytest.approx(value / subsets, abs=0.015), name
+@pytest.fixture(scope="module")
+def answers(home):
+    runs = [str(home / "runs" / name) for name in ("rl", "opd", "opd-1")]
+    analyze.main([*runs, "--problems", "15", "--out_dir", str(home / "analysis")])
+    return json.loads((home / "analysis" / "analysis.json").read_text())
 
 
-def test_searches_are_rebuilt_to_the_bit(runs):
-    """The rebuilt candidates score what the run itself wrote down."""
-    directory = runs / "runs" / "effopd-kl"
-    config = Config(**TOY, method="effopd", score="rollout_kl", accept="always", num_candidates=2, seed=3,
-                    cache_dir=str(runs / "cache"))
-    task = Chains(config.num_ops, config.digits)
-    student, teacher = load_models(config, task)
-    directory.mkdir()
-    try:
-        distil(config, task, student, teacher, directory, "EffOPD")
-        score = Score(config, task, teacher, task.problems(config.dv_size, random.Random("D_v 3"),
-                                                           set(evaluation_problems(config, task))))
-        moved = [name for name in dict(student.named_parameters()) if "proj" in name]
-        searches = list(analyze.searches_of(directory, moved))
-        assert [record["step"] for record, _, _ in searches] == [1, 2, 4]
-        for record, now, delta in searches:
-            assert record["multiple"] == 4 and record["scores"][0] != record["scores"][1]
-            for multiple, expected in zip(record["multiples"], record["scores"]):
-                student.load_state_dict(add(now, delta, multiple), strict=False)
-                with undisturbed(student, seed=3 * 1_000_003 + record["step"]):
-                    assert score(student) == expected
-    finally:
-        shutil.rmtree(directory)
+def test_three_runs_from_end_to_end(home, answers):
+    """Ten questions, the norms and shares against the files themselves."""
+    assert list(answers) == [analyze.name_of(measure) for measure, _, _ in analyze.QUESTIONS]
+    assert all(list(numbers) == ["OPD", "RL"] for numbers in answers.values())
+    pictures = sorted(path.name for path in (home / "analysis").glob("*.png"))
+    assert len(pictures) == 10 and "10_one_scalar.png" in pictures
+    read = lambda name: load_file(home / "runs/rl/checkpoints" / name / "model.safetensors")
+    base, final = read("step_000000"), read("final")
+    squares = {name: (final[name] - w).double().square().sum().item() for name, w in base.items()}
+    norm = sum(squares.values()) ** 0.5
+    scaling, shares = answers["norm_scaling"]["RL"], answers["update_norms"]["RL"]
+    assert scaling["norms"]["mean"][-1] == pytest.approx(norm, rel=1e-5)
+    in_mlp = sum(square for name, square in squares.items() if "mlp" in name)
+    assert shares["% in mlp"]["mean"] == pytest.approx(100 * in_mlp / norm ** 2, rel=1e-5)
+    sizes = {name: w.numel() for name, w in base.items()}
+    by_chance = sizes["model.embed_tokens.weight"] / sum(sizes.values())
+    share = squares["model.embed_tokens.weight"] / norm ** 2
+    density = shares["module"]["embedding"]["mean"]
+    assert density == pytest.approx(share / by_chance, rel=1e-5)
+    ranks = [spectral_metrics(final[n] - base[n])["effective_rank"] for n in base if "proj" in n]
+    assert answers["spectra"]["RL"]["effective rank"]["mean"] == pytest.approx(np.mean(ranks), 1e-4)
+    opd = answers["norm_scaling"]["OPD"]["norms"]
+    assert opd["n"] == 2 and opd["low"][-1] < opd["mean"][-1] < opd["high"][-1]
 
 
-def test_an_evaluations_chunks_are_seeded_by_their_start(runs):
-    config = Config(**TOY, cache_dir=str(runs / "cache"))
-    task = Chains(config.num_ops, config.digits, rollout_batch_size=4)
-    student, _ = load_models(config, task)
-    problems = task.problems(10, random.Random(0))
-    for seed in (0, 7_000_021):
-        expected = [a for i in (0, 4, 8) for a in answer(student, task, problems[i:i + 4],
-                                                         torch.Generator().manual_seed(seed + i))]
-        assert evaluate(student, task, problems, seed)[1] == expected
-    assert evaluate(student, task, problems) == evaluate(student, task, problems, 0)
-    assert evaluate(student, task, problems, 0)[1] != expected
+def accuracy_and_kl(config, weights, temperature=1.0):
+    """Of these weights, by train.py and torch's own KL."""
+    task, student, teacher, _ = train.load(config)
+    student.load_state_dict(weights, strict=False)
+    problems = train.evaluation_problems(config, task)[:15]
+    right, rows = train.evaluate(student, task, problems, temperature=temperature)
+    total, n = 0.0, 0
+    for problem, row in zip(problems, rows):
+        ids = torch.tensor([task.encode(problem) + row])
+        with torch.no_grad():
+            log_p = F.log_softmax(student(ids)[0, -len(row) - 1:-1] / temperature, -1)
+            log_q = F.log_softmax(teacher(ids)[0, -len(row) - 1:-1], -1)
+        total, n = total + F.kl_div(log_q, log_p, log_target=True, reduction="sum").item(), n + len(row)
+    return right, total / n
 
 
-def test_the_random_numbers_behind_the_published_sizes_of_dv(runs, monkeypatch):
-    """A candidate's marks are under search step * 1,000,003 + the place of the chunk of 500; W_t's again, others."""
-    asked = []
-
-    def fake(model, task, problems, seed):
-        asked.append((seed, len(problems), task.rollout_batch_size))
-        return 1.0, [task.encode_answer(task.solve(p)) for p in problems]
-
-    monkeypatch.setattr(analyze, "evaluate", fake)
-    args = analyze.parse_args(["--dv", "x", "--problems", "401"])
-    counts, _ = analyze.score_run(runs / "runs" / "effopd-s0", args)
-    steps = [json.loads(line)["step"] for line in (runs / "runs" / "effopd-s0" / "search.jsonl").open()]
-    assert steps == [1, 2, 4] and {of["draws"] for of in counts.values()} == {3000}
-    assert asked == [(seed * 1_000_003, 401, 500) for step in steps for seed in [step] * 6 + [step + 500_000]]
-
-
-@pytest.mark.parametrize("setting", [dict(search_every=1), dict(first_trigger=3), dict(direction="random"),
-                                     dict(candidates="line"), dict(data=__file__, student="s", teacher="t")])
-def test_runs_that_the_size_of_dv_cannot_be_asked_of(setting, tmp_path, capsys):
-    (tmp_path / "run" / "checkpoints" / "final").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(TOY | dict(method="effopd") | setting))
-    with pytest.raises(SystemExit):
-        analyze.main(["--dv", str(tmp_path / "run"), "--out_dir", str(tmp_path)])
-    assert "powers of two" in capsys.readouterr().err
-
-
-def test_the_size_of_dv_from_end_to_end(runs, capsys):
-    out = runs / "dv"
-    analyze.main(["--dv", str(runs / "runs" / "effopd-s0"), "--problems", "500", "--out_dir", str(out)])
-    assert "accepted under other random numbers |" in capsys.readouterr().out
-    assert (out / "10_dv_size.png").stat().st_size > 10_000
-    table = json.loads((out / "dv.json").read_text())["table"]
-    assert set(table["null_accepted"]) == {str(size) for size in analyze.DV_SIZES}
-    for args, words in [(["--dv"], "--dv needs"), (["--dv", str(runs / "runs" / "opd-s0")], "EffOPD run"),
-                        (["--dv", str(runs), "--problems", "400"], "401 or more")]:
-        with pytest.raises(SystemExit):
-            analyze.main([*args, "--out_dir", str(out)])
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith("analyze.py: ") and words in said
+def test_accuracies_and_kls_are_those_of_the_intervened_weights(home, answers):
+    run = home / "runs" / "rl"
+    config, _ = analyze.read_run(run)
+    base, early, final = (load_file(run / "checkpoints" / name / "model.safetensors")
+                          for name in ("step_000000", "step_000001", "final"))
+    scalar = answers["one_scalar"]["RL"]
+    for i, temperature in enumerate(train.TEMPERATURES[:-1]):                    # 0: its limit
+        expected = accuracy_and_kl(config, base, temperature)
+        assert scalar["accuracy"]["mean"][i] == expected[0]
+        assert scalar["KL"]["mean"][i] == pytest.approx(expected[1], rel=1e-4)
+    end = accuracy_and_kl(config, final)
+    assert scalar["end"]["accuracy"]["mean"] == end[0]
+    assert scalar["end"]["KL"]["mean"] == pytest.approx(end[1], rel=1e-4)
+    near = {name: w + 0.4 * (final[name] - w) for name, w in base.items()}
+    assert answers["norm_scaling"]["RL"]["accuracies"]["mean"][2] == accuracy_and_kl(config, near)[0]
+    back = final | {"model.embed_tokens.weight": base["model.embed_tokens.weight"]}
+    assert answers["embeddings"]["RL"]["with the base's"]["mean"] == accuracy_and_kl(config, back)[0]
+    gained, lost = dict(base), dict(final)
+    for name in base:
+        if "layers.1.mlp" in name and "proj" in name:
+            gained[name], lost[name] = final[name], base[name]
+    utility = answers["utility"]["RL"]
+    norm = sum((final[n] - w).square().sum() for n, w in base.items() if gained[n] is not w) ** 0.5
+    expected = (accuracy_and_kl(config, gained)[0] - scalar["accuracy"]["mean"][0]) / norm.item()
+    assert utility["mlp utility"]["mean"][1] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    expected = end[0] - accuracy_and_kl(config, lost)[0]
+    assert utility["mlp lost"]["mean"][1] == pytest.approx(expected)
+    stretched = {name: w + (early[name] - w) * (final[name] - w).norm() / (early[name] - w).norm()
+                 for name, w in base.items()}
+    numbers = answers["early_rescaled"]["RL"]
+    assert numbers["KL"]["mean"][3] == pytest.approx(accuracy_and_kl(config, stretched)[1], rel=1e-3)
 
 
-# From end to end.
-
-def test_everything_from_four_runs(runs, monkeypatch, capsys):
-    out, figures, close = runs / "analysis", [], analyze.plt.close
-    monkeypatch.setattr(analyze.plt, "close", lambda figure: (figures.append(figure), close(figure)))
-    analyze.main([*(str(runs / "runs" / r) for r in ("sft-s0", "opd-s0", "opd-s1", "effopd-s0")), "--out_dir", str(out),
-                  "--problems", "20"])
-    said, warned = capsys.readouterr()
-    titles = [figure.get_suptitle() for figure in figures]
-    assert len(titles) == 9 and "windows of one layer:" in titles[2]
-    (scale,) = {image.get_clim() for axis in figures[1].axes for image in axis.images}             # one colour bar
-    assert said.count("paper says") == said.count("these runs") == 9 and "warning" not in warned
-    results = json.loads((out / "analysis.json").read_text(), parse_constant=lambda s: pytest.fail(f"{s} in the JSON"))
-    assert set(results["compared_steps"]) == {"end", "equal steps", "equal accuracy", "equal norm"}
-    for number in range(1, 10):
-        (figure,) = out.glob(f"{number}_*.png")
-        height, width, _ = matplotlib.image.imread(figure).shape
-        assert width >= 900 and height >= 300
-    norms = results["norm_scaling"]["norm"]
-    assert list(norms) == ["OPD", "EffOPD batch_kl", "SFT"]
-    assert norms["OPD"]["n"] == 2 and norms["OPD"]["half"] > 0 and norms["SFT"]["half"] is None
-    sft = runs / "runs" / "sft-s0"
-    final, base = (load_file(sft / "checkpoints" / name / "model.safetensors") for name in ("final", "step_000000"))
-    moved = sum((w - base[n]).square().sum().item() for n, w in final.items()) ** 0.5
-    assert norms["SFT"]["mean"] == pytest.approx(moved, rel=1e-5)
-    share = results["update_norms"]["share"][sft.as_posix()]
-    assert sum(share.values()) == pytest.approx(1) and {"embedding", "norm", "0 q", "1 down"} <= set(share)
-    aligned = results["directions"]["runs"][sft.as_posix()]
-    assert aligned["steps"] == [1, 2, 4, 5] and aligned["alignment_by_k"][-1] == pytest.approx([1] * 20, abs=1e-4)
-    ranks = {n: spectral_metrics(final[n] - base[n])["effective_rank"] for n in base if "proj" in n}
-    reported = results["spectrum"]["effective_rank"]
-    assert reported["mean"]["end"]["SFT"]["mean"] == pytest.approx(np.mean(list(ranks.values())), rel=1e-4)
-    assert reported["mean"]["end"]["SFT"]["mean"] < reported["gaussian"]["end"]["SFT"]["mean"]
+def test_figures_drawn_again_are_the_same(home, answers, tmp_path, capsys):
+    analyze.main(["--redraw", str(home / "analysis" / "analysis.json"), "--out_dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("paper says") == said.count("these runs") == 10
+    for path in (home / "analysis").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_the_newest_run_of_each_method(runs, monkeypatch, capsys):
-    monkeypatch.chdir(runs)
-    newest = analyze.newest_runs()
-    assert [run.name for run in newest] == ["opd-s1", "effopd-s0", "sft-s0"]
-    said = capsys.readouterr().out                            # --score batch_kl is not the paper's EffOPD
-    assert "python train.py --method rl" in said and "--method effopd" in said and "--method sft" not in said
+def test_the_newest_comparable_run_of_each_method(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("runs/opd", "runs/race/opd")              # a race's
+    rewrite("runs/race/opd", gap="slip")
+    (tmp_path / "runs" / "unfinished" / "checkpoints").mkdir(parents=True)
+    for age, name in enumerate(("rl", "opd-1", "race/opd", "opd")):
+        train.os.utime(f"runs/{name}/summary.json", (1e9 - age, 1e9 - age))
+    assert [path.as_posix() for path in analyze.newest_runs()] == ["runs/rl", "runs/opd-1"]
+    assert analyze.expand(train.Path("runs/race")) == [train.Path("runs/race/opd")]
+    shutil.rmtree("runs/rl")
+    analyze.newest_runs()
+    assert "--method rl" in capsys.readouterr().out
 
 
-def copied(runs, name, directory, **settings):
-    """A run of the fixture, elsewhere, with other settings written down."""
-    shutil.copytree(runs / "runs" / name, directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | settings))
-    return directory
-
-
-def test_a_race_and_a_sweep_are_their_runs(runs, tmp_path):
-    race, sweep = tmp_path / "race", tmp_path / "sweep"
-    for name in ("opd", "effopd"):
-        copied(runs, f"{name}-s0", race / name)
-    for seed in (0, 1):
-        copied(runs, f"opd-s{seed}", sweep / f"method=opd,seed={seed}")
-    (race / "config.json").write_text(json.dumps(TOY | dict(method="race")))
-    (race / "summary.json").write_text("{}")
-    (sweep / "sweep.json").write_text("{}")
-    assert analyze.expand(race) == [race / "effopd", race / "opd"]
-    assert analyze.expand(sweep) == [sweep / "method=opd,seed=0", sweep / "method=opd,seed=1"]
-    assert analyze.expand(runs / "runs" / "sft-s0") == [runs / "runs" / "sft-s0"]
-    assert [run.label for run in analyze.load_runs([race, sweep])[2]] == ["OPD"] * 3 + ["EffOPD batch_kl"]
-    shutil.rmtree(race / "opd" / "checkpoints" / "final")
-    with pytest.raises(ValueError, match="race/opd holds no finished run"):
-        analyze.expand(race)
-
-
-def test_bases_are_compared_without_being_read_whole(runs, monkeypatch):
-    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"all of {path} was read at once"))
-    assert analyze.same_base(runs / "runs" / "opd-s0", runs / "runs" / "sft-s0")
+def rewrite(directory, label=None, **settings):
+    """Other settings, or another label, in a run's files."""
+    for file, new in (("config.json", settings), ("summary.json", {"label": label} if label else {})):
+        path = train.Path(directory) / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
 
 
 def test_runs_that_differ_in_a_setting_are_no_seeds():
-    def labels(*settings):
-        return list(analyze.labels_of({i: Config(**TOY | s) for i, s in enumerate(settings)}).values())
+    def labels(*runs):
+        configs = {i: (train.Config(**TOY | settings), name)
+                   for i, (name, settings) in enumerate(runs)}
+        return list(analyze.labels_of(configs).values())
 
-    opd, effopd = dict(method="opd"), dict(method="effopd")
-    four = opd, effopd, dict(method="rl", lr=3e-4), dict(method="sft", steps=7)
-    assert labels(*four) == ["OPD", "EffOPD", "RL", "SFT"]
-    assert labels(opd | dict(seed=1, out_dir="a", save_every=3, keep_last=2, offload=True, eval_every=1),
-                  opd | dict(dv_size=9)) == ["OPD", "OPD"]    # OPD has no D_v
-    assert labels(opd, opd | dict(lr=1e-3), effopd) == ["OPD, lr 0.01", "OPD, lr 0.001", "EffOPD"]
-    assert labels(effopd, effopd | dict(candidates="doubling", seed=1), effopd | dict(score="batch_kl"), effopd) == [
-        "EffOPD, candidates linear", "EffOPD, candidates doubling", "EffOPD batch_kl", "EffOPD, candidates linear"]
-    for other in (dict(loss="sampled"), dict(batch_size=12), dict(gap="habit"), dict(teacher_steps=3)):
-        assert len(set(labels(opd, opd | other))) == 2
-    for other in (dict(dv_size=9), dict(scope="mlp"), dict(accept="ge"), dict(first_trigger=2), dict(search_every=3)):
-        assert len(set(labels(effopd, effopd | other))) == 2
+    assert labels(("OPD", dict(seed=1, out_dir="a")), ("OPD", dict(eval_every=1))) == ["OPD"] * 2
+    assert labels(("OPD", {}), ("OPD", dict(lr=0.5)), ("RL", {})) == [
+        "OPD, lr 0.001", "OPD, lr 0.5", "RL"]
 
 
-def test_seeds_with_other_checkpoints_have_no_mean(runs, tmp_path, capsys):
-    other = copied(runs, "opd-s1", tmp_path / "other", keep_last=1)
-    shutil.rmtree(other / "checkpoints" / "step_000002")
-    with pytest.raises(SystemExit):
-        analyze.main([str(runs / "runs" / "opd-s0"), str(other), "--out_dir", str(tmp_path / "out")])
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    assert said.startswith("analyze.py: ") and "--keep_last" in said and str(other) in said
+# Weights alone.
+
+def toy_phi3():
+    return Phi3ForCausalLM(Phi3Config(
+        vocab_size=23, hidden_size=16, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
 
 
-def test_runs_without_a_teacher(runs, tmp_path, capsys):
-    """--method sft --data may have none; then another run's serves, and without any the SVDs are not even begun."""
-    real = dict(data=__file__, student="somewhere")
-    alone = copied(runs, "sft-s0", tmp_path / "alone", **real, teacher="")
-    taught = copied(runs, "opd-s0", tmp_path / "taught", **real, teacher="elsewhere")
-    assert analyze.load_runs([alone, taught])[3].teacher == analyze.load_runs([taught])[3].teacher == "elsewhere"
-    with pytest.raises(SystemExit):
-        analyze.main([str(alone), "--out_dir", str(tmp_path / "out")])
-    assert capsys.readouterr().err.strip() == ("analyze.py: none of these runs has a teacher to measure the KL to; "
-                                               "--base and --checkpoints need none")
+def toy_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=23, n_positions=8, n_embd=16, n_layer=2, n_head=2))
 
 
-def test_weights_alone(pair, tmp_path, capsys):
+@pytest.mark.parametrize("make, mlp, attention", [
+    (toy_phi3, ("gate_up_proj", "down_proj"), ("qkv_proj", "o_proj")),
+    (toy_gpt2, (".mlp.",), (".attn.",))])
+def test_weights_alone_of_other_families(make, mlp, attention, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = make()
+    for i, name in enumerate(("base", "ckpt-10", "ckpt-20")):
+        for n, p in enumerate(model.parameters()):
+            p.data += 0.01 * randn(*p.shape, seed=100 * i + n)
+        model.save_pretrained(tmp_path / name)
+    analyze.main(["--base", str(tmp_path / "base"), "--out_dir", str(tmp_path / "out"),
+                  "--checkpoints", str(tmp_path / "ckpt-10"), str(tmp_path / "ckpt-20")])
+    said = capsys.readouterr()
+    assert said.out.count("paper says") == 5 and "warning" not in said.err
+    answers = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    shares = answers["update_norms"]["checkpoints"]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for role, words in (("mlp", mlp), ("attention", attention), ("embedding", ("embed_", ".wte", ".wpe"))):
+        size = sum(n for name, n in sizes.items() if any(word in name for word in words))
+        expected = 100 * size / sum(sizes.values())
+        assert shares[f"% of parameters ({role})"]["mean"] == pytest.approx(expected)
+        assert shares[f"% in {role}"]["mean"] == pytest.approx(expected, rel=0.1)    # white noise
+    assert answers["alignment"]["checkpoints"]["progress"]["mean"] == [0.5, 1.0]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+
+
+def test_one_checkpoint_is_no_path_and_doubts_are_said(pair, tmp_path, capsys):
+    """Half precision: pitfall 23. Names that nobody knows."""
     folder, _ = pair
-    analyze.main(["--base", str(folder / "base"), "--checkpoints", str(folder / "step_000004"), str(folder / "final"),
+    for name in ("base", "final"):
+        state = load_file(folder / name / "model.safetensors")
+        state["model.layers.0.mixer.weight"] = torch.ones(3, 3)
+        (tmp_path / name).mkdir()
+        save_file({n: w.bfloat16() for n, w in state.items()}, tmp_path / name / "model.safetensors")
+    analyze.main(["--base", str(tmp_path / "base"), "--checkpoints", str(tmp_path / "final"),
                   "--out_dir", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert {"update_norms", "embeddings", "spectrum", "directions", "paths"} < set(results)
-    assert "norm_scaling" not in results and capsys.readouterr().out.count("paper says") == 5
-    assert sorted(p.name[0] for p in (tmp_path / "out").glob("*.png")) == ["2", "4", "5", "6", "9"]
-    analyze.main(["--base", str(folder / "base"), "--checkpoints", str(folder / "final"),
-                  "--out_dir", str(tmp_path / "one")])
-    assert sorted(p.name[0] for p in (tmp_path / "one").glob("*.png")) == ["2", "4", "5"]      # no path from one point
+    said = capsys.readouterr().err
+    assert "analyse float32 checkpoints" in said and "layers.0.mixer.weight" in said
+    assert sorted(path.name[0] for path in (tmp_path / "out").glob("*.png")) == ["2", "4", "5"]
+
+
+# What is refused, in one line.
+
+@pytest.mark.parametrize("change, words", [
+    (dict(gap="slip"), "--gap slip and habit"), (dict(teacher_steps=31), "--teacher_steps 31 and 30"),
+    ("base", "different weights"), ("final", "no final"), ("summary.json", "no finished run"),
+    (dict(student="SmolLM2"), "--base and --checkpoints")])
+def test_runs_that_are_not_analysed(change, words, home, tmp_path, capsys):
+    shutil.copytree(home / "runs" / "opd-1", tmp_path / "other")
+    checkpoints = tmp_path / "other" / "checkpoints"
+    if change == "base":
+        shutil.copy(checkpoints / "final" / "model.safetensors", checkpoints / "step_000000")
+    elif change == "final":
+        shutil.rmtree(checkpoints / "final")
+    elif change == "summary.json":
+        (tmp_path / "other" / change).unlink()
+    else:
+        rewrite(tmp_path / "other", **change)
+    refused([str(home / "runs" / "opd"), str(tmp_path / "other")], words, tmp_path, capsys)
+
+
+def refused(args, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main([*args, "--out_dir", str(tmp_path / "out")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    said = [line for line in lines if line.strip() and not line.startswith("weights of")]
+    assert stopped.value.code == 2 and len(said) == 1
+    assert said[0].startswith("analyze.py: ") and words in said[0]
 
 
 @pytest.mark.parametrize("args, words", [
-    (["nowhere"], "no directory nowhere"), (["--base", "nowhere", "--checkpoints", "also"], "no directory nowhere"),
-    (["--base", "empty"], "--checkpoints"), (["--checkpoints", "empty"], "--base"),
-    (["empty", "--base", "a", "--checkpoints", "b"], "run directories, or"),
-    (["empty"], "no finished run"), (["--base", "empty", "--checkpoints", "empty"], "no model*.safetensors"),
-    (["--problems", "0"], "--problems"), (["--problems", "x"], "--problems"), (["--nonsense"], "--nonsense"),
-    ([], "--method opd"),
-    (["--base", "small", "--checkpoints", "wide"], "is (11, 16) in small and (11, 32) in wide"),
-    (["--base", "small", "--checkpoints", "deep"], "missing in small"), (["unfinished"], "no finished run"),
-    (["--base", "small", "--checkpoints", "small"], "did not move"),
-    (["--base", "flat", "--checkpoints", "flat"], "no matrices"),
-    (["--base", "small", "--checkpoints", "broken"], "broken/model.safetensors: "),
-    (["small", "--out_dir", "flat/model.safetensors"], "exists")])
-def test_bad_input_ends_in_one_line(args, words, tmp_path, monkeypatch, capsys):
+    ("nowhere", "nowhere is no finished run"), ("", "python train.py makes three"),
+    ("--base nowhere --checkpoints a", "nowhere"), ("--base small", "go together"),
+    ("--checkpoints small", "go together"), ("small --redraw x.json", "or nothing"),
+    ("--problems 0", "--problems"), ("--problems x", "--problems"), ("--nonsense", "--nonsense"),
+    ("--base small --checkpoints wide", "is (11, 16) in small and (11, 32) in wide"),
+    ("--base small --checkpoints deep", "missing in small"),
+    ("--base small --checkpoints small", "did not move"),
+    ("--base flat --checkpoints flat", "no attention or MLP"),
+    ("--base small --checkpoints broken", "is damaged"),
+    ("--redraw nowhere.json", "nowhere.json"), ("--redraw old.json", "no numbers of this"),
+    ("--redraw small/model.safetensors", "small/model.safetensors")])
+def test_bad_input(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "config.json").write_text("{}")
     for name, shape in (("small", (16, 24, 1, 2)), ("wide", (32, 24, 1, 2)), ("deep", (16, 24, 2, 2))):
         GPT(GPTConfig(11, *shape)).save_pretrained(tmp_path / name)
-    (tmp_path / "flat").mkdir()
+    for name in ("flat", "broken"):
+        (tmp_path / name).mkdir()
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "flat" / "model.safetensors")
-    (tmp_path / "broken").mkdir()
     whole = (tmp_path / "small" / "model.safetensors").read_bytes()
     (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(SystemExit) as stopped:
-        analyze.main(args)
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("weights: ")]
-    assert stopped.value.code not in (0, None) and words in said and said.startswith("analyze.py: ")
-
-
-def test_runs_from_different_bases_are_not_compared(runs, tmp_path, capsys):
-    config = Config(**TOY, method="opd", cache_dir=str(runs / "cache"))
-    task = Chains(1, 1)
-    torch.manual_seed(1)
-    student = GPT(GPTConfig(17, 16, 24, 2, 2))
-    (tmp_path / "other").mkdir()
-    distil(config, task, student, load_models(config, task)[1], tmp_path / "other", "opd")
-    with pytest.raises(SystemExit):
-        analyze.main([str(runs / "runs" / "opd-s0"), str(tmp_path / "other"), "--out_dir", str(tmp_path / "out")])
-    assert "different weights" in capsys.readouterr().err
+    (tmp_path / "old.json").write_text(json.dumps({"paths": {"explained_percent": 3}}))
+    refused(args.split(), words, tmp_path, capsys)
