@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -273,17 +273,17 @@ def walk_alignment(shape, steps) -> list:
 class Study:
     """methods: {label: its Trajectories, one for each seed}. Without a task: from weights alone.
 
-    w_0: W_0's weights. start: its [accuracy, KL to the teacher].
+    w_0: W_0's weights. colder: its [accuracy, KL to the teacher] at all TEMPERATURES.
     """
 
     def __init__(self, base, methods, task=None, model=None, teacher=None, problems=()):
         self.base, self.methods, self.task = base, methods, task
         self.model, self.teacher, self.problems = model, teacher, problems
         self.runs = [run for runs in methods.values() for run in runs]
-        self.w_0, self.start = None, [None, None]
         if task:
             self.w_0 = base.weights()
-            self.start = self.assess({})
+            self.colder = [self.assess({}, temperature=T) for T in TEMPERATURES]
+            self.start = self.colder[0]                       # at T = 1
             for run in self.runs:
                 run.end = self.assess(self.update(run))
 
@@ -337,6 +337,7 @@ def rescaled(early, final, beta) -> dict:
 # The questions. Measured of a run: numbers are said, lists and dicts drawn, as means over seeds.
 
 def measure_norm_scaling(study, run):
+    """Accuracy of W_0 + αΔW_T by its distance from W_0, and at the distance that all runs reach."""
     update, norm = study.update(run), run.norms[-1].item()
     norms = [alpha * norm for alpha in ALPHAS]                                   # ‖αΔW_T‖_F
     accuracies = [study.accuracy(update, alpha) for alpha in ALPHAS]             # W_0 + αΔW_T
@@ -353,17 +354,16 @@ def draw_norm_scaling(numbers, path):
 
 
 def measure_update_norms(study, run):
-    """% of ‖ΔW_T‖² and of the parameters; by module and layer the ratio of the two, a density."""
+    """% of ‖ΔW_T‖² and of the parameters by role; by module and by layer the ratio of the two."""
     sizes = {name: math.prod(shape) for name, shape in study.base.shapes.items()}
-    by_role, by_chance = shares(run.squares, role_of), shares(sizes, role_of)
-    numbers = {}
-    for role, share in by_role.items():
-        numbers |= {f"% in {role}": share, f"% of parameters ({role})": by_chance[role]}
-    for i, key in enumerate(("layer", "module")):
+    own, by_chance = shares(run.squares, role_of), shares(sizes, role_of)
+    numbers = {f"% in {role}": share for role, share in own.items()}
+    numbers |= {f"% of parameters in {role}": share for role, share in by_chance.items()}
+    for i, key in enumerate(("layers", "modules")):
         own = shares(run.squares, lambda name: module_of(name)[i])
         by_chance = shares(sizes, lambda name: module_of(name)[i])
-        numbers[key] = {str(group): own[group] / by_chance[group] for group in own
-                        if group is not None}
+        numbers[key] = {"outside" if group is None else str(group): own[group] / by_chance[group]
+                        for group in own}
     return numbers
 
 
@@ -378,16 +378,14 @@ def shares(values: dict, group_of) -> dict:
 def draw_update_norms(numbers, path):
     with canvas(path, "2. Where is the update? Its share of ‖ΔW$_T$‖² over that of the parameters",
                 ("module", "density"), ("layer", "density")) as axes:
-        for axis, key in zip(axes, ("module", "layer")):
-            nested = {label: stats[key] for label, stats in numbers.items()}
-            draw_bars(axis, nested, {group: group for group in next(iter(nested.values()))})
+        draw_bars(axes[0], numbers, "modules")
+        draw_bars(axes[1], numbers, "layers")
+        for axis in axes:
             axis.axhline(1, **CHANCE, label="by chance")
 
 
 def measure_utility(study, run):
-    """Of windows of layers: accuracy gained by W_0 + ΔW_window, per ‖ΔW_window‖_F, their utility;
-    accuracy lost by W_T - ΔW_window.
-    """
+    """Of windows of layers: utility, the accuracy gained for their ‖ΔW‖_F, and accuracy lost."""
     layer_of = {name: module_of(name)[0] for name in study.base.matrices}
     num_layers = 1 + max(layer_of.values())
     reach = max(0, round((0.45 * num_layers - 1) / 2))        # the paper's: 8, of 28 to 48 layers
@@ -397,10 +395,11 @@ def measure_utility(study, run):
             window = {name: update[name] for name in layer_of if role_of(name) == role
                       and abs(layer_of[name] - layer) <= reach}
             rest = {name: d for name, d in update.items() if name not in window}
-            gained = study.accuracy(window) - study.start[0]
+            gained = study.accuracy(window) - study.start[0]                     # W_0 + ΔW_window
+            lost = run.end[0] - study.accuracy(rest)                             # W_T - ΔW_window
             norm = get_total_norm(window.values()).item()
             values[f"{role} utility"].append(gained / norm if norm else 0.0)
-            values[f"{role} lost"].append(run.end[0] - study.accuracy(rest))
+            values[f"{role} lost"].append(lost)
         values[f"best utility of {role}"] = max(values[f"{role} utility"])
     return values | {"layers": list(range(num_layers)), "layers in a window": 2 * reach + 1}
 
@@ -419,25 +418,26 @@ def draw_utility(numbers, path):
 
 def measure_embeddings(study, run):
     """How far rows have turned; accuracy of W_T with W_0's embedding and head put back."""
-    numbers = {"1 - cosine": 1 - run.embedding_cosine}
+    turned = 1 - run.embedding_cosine
+    numbers = {"1 - cosine": turned, "turned": {"": turned}}
     if study.task:
         rest = {name: d for name, d in study.update(run).items()
                 if role_of(name) not in ("embedding", "head")}
-        numbers |= {"accuracy": run.end[0], "with the base's": study.accuracy(rest),
-                    "of the base": study.start[0]}
+        put_back = study.accuracy(rest)
+        numbers |= {"accuracy": run.end[0], "with the base's": put_back, "base": study.start[0],
+                    "accuracies": {"as trained": run.end[0], "base's put back": put_back}}
     return numbers
 
 
 def draw_embeddings(numbers, path):
     panels = [("", "1 - cosine of embedding rows in use, mean"), ("", "accuracy")]
-    known = "accuracy" in next(iter(numbers.values()))
+    known = "accuracies" in next(iter(numbers.values()))
     with canvas(path, "4. Do the embeddings matter? Not if putting the base's back costs nothing",
                 *panels[:1 + known]) as axes:
-        draw_bars(axes[0], numbers, {"": "1 - cosine"}, form="{:.4f}")
+        draw_bars(axes[0], numbers, "turned", form="{:.2g}")
         for axis in axes[1:]:
-            bars = {"as trained": "accuracy", "base's put back": "with the base's"}
-            draw_bars(axis, numbers, bars, form="{:.2f}")
-            axis.axhline(common(numbers, "of the base"), **CHANCE, label="base")
+            draw_bars(axis, numbers, "accuracies", form="{:.2f}")
+            axis.axhline(common(numbers, "base"), **CHANCE, label="base")
 
 
 def measure_spectra(study, run):
@@ -456,14 +456,11 @@ def measure_spectra(study, run):
 
 
 def draw_spectra(numbers, path):
-    x = "distance moved, ‖ΔW$_t$‖$_F$"
-    with canvas(path, "5. How concentrated is the update? The more, the farther from a Gaussian",
-                (x, "σ$_1$ / ‖ΔW$_t$‖$_F$, mean over matrices"),
-                (x, "effective rank of ΔW$_t$, mean over matrices")) as axes:
-        draw_curves(axes[0], numbers, "norms", "spectral_ratio")
-        draw_curves(axes[1], numbers, "norms", "effective_rank")
-        axes[0].axhline(common(numbers, "of a Gaussian"), **CHANCE, label="Gaussian matrix")
-        axes[1].axhline(common(numbers, "a Gaussian's"), **CHANCE)
+    with canvas(path, "5. How concentrated is the update? The more, the farther below the Gaussian",
+                ("distance moved, ‖ΔW$_t$‖$_F$", "effective rank of ΔW$_t$, mean over matrices")
+                ) as (axis,):
+        draw_curves(axis, numbers, "norms", "effective_rank")
+        axis.axhline(common(numbers, "a Gaussian's"), **CHANCE, label="Gaussian matrix")
 
 
 def measure_alignment(study, run):
@@ -471,10 +468,9 @@ def measure_alignment(study, run):
     to_end, to_rest = cosines(run.gram)
     walks = [walk_alignment(study.base.shapes[name], tuple(run.steps)) for name in run.sigmas]
     walk = np.mean(walks, axis=0).tolist()
-    return {"progress": run.progress, "subspaces": run.alignment, "to end": to_end.tolist(),
-            "to rest": to_rest[:-1].tolist(), "walk subspaces": walk,
-            "walk to end": [progress ** 0.5 for progress in run.progress],
-            "walk to rest": [0.0] * (len(run.steps) - 1),
+    return {"progress": run.progress, "subspaces": run.alignment, "walk subspaces": walk,
+            "to end": to_end.tolist(), "walk to end": [t ** 0.5 for t in run.progress],
+            "to rest": to_rest[:-1].tolist(), "walk to rest": [0.0] * len(run.steps),
             "near 10% of training, subspaces": run.alignment[run.early],
             "of a random walk": walk[run.early],
             "cosine to what is left": to_rest[run.early].item()}
@@ -488,7 +484,7 @@ def draw_alignment(numbers, path):
         for axis, what in zip(axes, ("subspaces", "to rest", "to end")):
             draw_curves(axis, numbers, "progress", what)
             walk = common(numbers, f"walk {what}")
-            axis.plot(common(numbers, "progress")[:len(walk)], walk, "k:", label="random walk")
+            axis.plot(common(numbers, "progress"), walk, **CHANCE, label="random walk")
             axis.set_xscale("log", base=2)
 
 
@@ -517,7 +513,8 @@ def draw_low_rank(numbers, path):
                 ("trailing directions, %", "accuracy, not scaled")) as axes:
         draw_curves(axes[0], numbers, "top k", "top")
         draw_curves(axes[1], numbers, "bottom k", "bottom")
-        axes[0].axhline(common(numbers, "Gaussian"), **CHANCE, label="Gaussian of this norm, base")
+        axes[0].axhline(common(numbers, "Gaussian"), **CHANCE,
+                        label="left: a Gaussian update of this norm; right: the base")
         axes[1].axhline(common(numbers, "base"), **CHANCE)
         axes[0].set(xscale="log", xticks=TOP, xticklabels=TOP)
         axes[0].minorticks_off()
@@ -549,18 +546,19 @@ def measure_paths(study, run):
     aside = (run.gram.diagonal() - along ** 2).clamp(min=0).sqrt()
     steps = torch.tensor(run.steps).double()
     walk = torch.minimum(steps[:, None], steps)               # E <ΔW_s, ΔW_t> = min(s, t)
+    explained = in_two_components(run.gram)
     return {"along": [0.0, *along.tolist()], "aside": [0.0, *aside.tolist()],
-            "% of the variance in two components": in_two_components(run.gram),
+            "% of the variance in two components": explained, "explained": {"": explained},
             "of a random walk": in_two_components(walk)}
 
 
 def draw_paths(numbers, path):
-    with canvas(path, "9. Is the path from W$_0$ to W$_T$ a line? It is as far as it stays low",
+    with canvas(path, "9. Is the path from W$_0$ to W$_T$ a line? Then it stays at distance 0",
                 ("distance along the line from W$_0$ to W$_T$", "distance from the line"),
                 ("", "% of its variance in two components")) as axes:
         draw_curves(axes[0], numbers, "along", "aside")
         axes[0].set_aspect("equal", adjustable="datalim")
-        draw_bars(axes[1], numbers, {"": "% of the variance in two components"}, form="{:.0f}")
+        draw_bars(axes[1], numbers, "explained", form="{:.0f}")
         axes[1].axhline(common(numbers, "of a random walk"), **CHANCE, label="random walk")
 
 
@@ -569,7 +567,7 @@ def measure_one_scalar(study, run):
 
     What one scalar does needs no direction: the update may be no more than "sharper".
     """
-    accuracy, kl = zip(*(study.assess({}, temperature=T) for T in TEMPERATURES))
+    accuracy, kl = zip(*study.colder)
     (start, start_kl), (end, end_kl) = study.start, run.end
     return {"temperatures": TEMPERATURES, "accuracy": accuracy, "KL": kl,
             "end": dict(accuracy=end, KL=end_kl),
@@ -589,48 +587,43 @@ def draw_one_scalar(numbers, path):
             draw_ends(axis, numbers, what)
 
 
-QUESTIONS = [  # (how to measure it, how to draw it, what the paper says)
-    (measure_norm_scaling, draw_norm_scaling, "OPD gains more accuracy per unit of norm than RL"),
-    (measure_update_norms, draw_update_norms, "OPD moves the MLP blocks and hardly the embeddings"),
-    (measure_utility, draw_utility, "an inverted U over depth, MLP above attention"),
-    (measure_embeddings, draw_embeddings,
-     "putting the base's back costs OPD nothing; 1 - cosine RL .033, OPD .015 (4B)"),
-    (measure_spectra, draw_spectra,
-     "OPD is more concentrated: σ1/‖ΔW‖ RL .20, OPD .26; effective rank 1908, 1587 (4B)"),
-    (measure_alignment, draw_alignment,
-     "OPD's subspace locks on to the final one early, RL's later"),
-    (measure_low_rank, draw_low_rank, "the top 10% recover more than 95% of the accuracy"),
-    (measure_early_rescaled, draw_early_rescaled,
-     "ΔW at 10% of training has some 80% of the final accuracy at β = 1"),
-    (measure_paths, draw_paths, "nearly a line: most of the variance is in two components"),
-    (measure_one_scalar, draw_one_scalar, "nothing, it does not ask what one temperature does"),
-]
-OF_WEIGHTS = (measure_update_norms, measure_embeddings, measure_spectra)
-OF_PATHS = (measure_alignment, measure_paths)                 # of weights too, but of more than one
-
-
-def name_of(measure) -> str:
-    return measure.__name__.removeprefix("measure_")
+QUESTIONS = {  # name: (how to measure it, how to draw it, what the paper says)
+    "norm_scaling": (measure_norm_scaling, draw_norm_scaling,
+                     "OPD gains more accuracy per unit of norm than RL"),
+    "update_norms": (measure_update_norms, draw_update_norms,
+                     "OPD moves the useful MLP blocks and hardly the embeddings"),
+    "utility": (measure_utility, draw_utility, "an inverted U over depth, MLP above attention"),
+    "embeddings": (measure_embeddings, draw_embeddings,
+                   "putting them back costs OPD nothing; 1 - cosine RL .033, OPD .015 (4B)"),
+    "spectra": (measure_spectra, draw_spectra,
+                "OPD is more concentrated: σ1/‖ΔW‖ RL .20, OPD .26; rank 1908, 1587 (4B)"),
+    "alignment": (measure_alignment, draw_alignment,
+                  "OPD's subspace locks on to the final one early, RL's later"),
+    "low_rank": (measure_low_rank, draw_low_rank,
+                 "the top 10% of directions recover more than 95% of the accuracy"),
+    "early_rescaled": (measure_early_rescaled, draw_early_rescaled,
+                       "ΔW at 10% of training has some 80% of the final accuracy at β = 1"),
+    "paths": (measure_paths, draw_paths,
+              "OPD's path is nearly a line: most of its variance is in two components"),
+    "one_scalar": (measure_one_scalar, draw_one_scalar, "nothing, it does not ask"),
+}
+OF_WEIGHTS = ("update_norms", "embeddings", "spectra", "alignment", "paths")
+OF_PATHS = ("alignment", "paths")                             # one checkpoint is no path
 
 
 def ask(study) -> dict:
     """{question: {label: numbers}}."""
-    possible = [*OF_WEIGHTS]
-    if all(len(run.steps) > 1 for run in study.runs):
-        possible += OF_PATHS
-    answers = {}
-    for measure, _, _ in QUESTIONS:
-        if measure in possible or study.task and measure not in OF_PATHS:
-            answers[name_of(measure)] = {
-                label: interval([measure(study, run) for run in tqdm(runs, name_of(measure))])
-                for label, runs in study.methods.items()}
+    answers, path = {}, all(len(run.steps) > 1 for run in study.runs)
+    for name, (measure, _, _) in QUESTIONS.items():
+        if (study.task or name in OF_WEIGHTS) and (path or name not in OF_PATHS):
+            answers[name] = {label: interval([measure(study, run) for run in tqdm(runs, name)])
+                             for label, runs in study.methods.items()}
     return answers
 
 
 def show(answers, out_dir):
     """Print what the paper says and what these runs say, draw the figures."""
-    for i, (measure, draw, paper) in enumerate(QUESTIONS, start=1):
-        name = name_of(measure)
+    for i, (name, (_, draw, paper)) in enumerate(QUESTIONS.items(), start=1):
         if name in answers:
             numbers = answers[name]
             said = [f"{key} {say(numbers, key)}" for key, s in next(iter(numbers.values())).items()
@@ -638,6 +631,15 @@ def show(answers, out_dir):
             print(f"\n{name}\n  paper says: {paper}\n  these runs: {'; '.join(said)}")
             draw(numbers, out_dir / f"{i}_{name}.png")
     print(f"\nThe figures are in {out_dir}")
+
+
+def saved_answers(path) -> dict:
+    """What `ask` gave, from analysis.json. ValueError if the file holds something else."""
+    with suppress(ValueError):
+        answers = json.loads(path.read_text())
+        if isinstance(answers, dict) and answers.keys() <= QUESTIONS.keys():
+            return answers
+    raise ValueError(f"{path} has no numbers of this analyze.py")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -650,8 +652,8 @@ CHANCE = dict(color="black", linestyle=":")                   # what chance, or 
 def canvas(path, title, *panels):
     """The axes to draw in, one for each (x label, y label); saved under path afterwards."""
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), layout="constrained",
-                                squeeze=False)
+    size = (2 + 3.5 * len(panels), 3.6)                       # inches
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=10.5, fontweight="bold")
     for axis, (x, y) in zip(axes[0], panels):
         axis.set(xlabel=x, ylabel=y)
@@ -689,18 +691,18 @@ def draw_ends(axis, numbers, what, style="-"):
         axis.axhline(stats["end"][what]["mean"], color=f"C{i}", linestyle=style, label=label)
 
 
-def draw_bars(axis, numbers, groups, form=None):
-    """{group: key}: a bar for each method in each group. form: of the values above the bars."""
+def draw_bars(axis, numbers, key, form=None):
+    """A bar for each method in each group of {group: interval}. form: of the values above them."""
     width = 0.8 / len(numbers)
     for i, (label, stats) in enumerate(numbers.items()):
-        intervals = [stats[key] for key in groups.values()]
+        groups, intervals = zip(*stats[key].items())
         mean = [s["mean"] for s in intervals]
         error = [s["high"] - s["mean"] if s["n"] > 1 else 0.0 for s in intervals]
         xs = np.arange(len(groups)) + (i - (len(numbers) - 1) / 2) * width
         bars = axis.bar(xs, mean, width, yerr=error, color=f"C{i}", label=label, capsize=2)
         if form:
             axis.bar_label(bars, fmt=form, fontsize=8, padding=2)
-    axis.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 5 else 0)
+    axis.set_xticks(range(len(groups)), groups, rotation=45 if len(groups) > 5 else 0)
     axis.margins(y=0.12)
 
 
@@ -742,17 +744,15 @@ def expand(directory: Path) -> list[Path]:
 
 
 def newest_runs() -> list[Path]:
-    """The newest run of each method in runs/ with the task and the base of the newest of all."""
+    """The newest run of each method in runs/ that can be compared with the newest of all."""
     found = [run for run in expand(Path("runs")) if (run / "summary.json").exists()]
     found.sort(key=lambda run: (run / "summary.json").stat().st_mtime, reverse=True)
     newest = {}
     for run in found:
-        try:
+        with suppress(ValueError):                            # a run of other models and data
             label = read_run(run)[1]
-        except ValueError:                                    # of other models and data
-            continue
-        if label not in newest and not any(difference(run, other) for other in newest.values()):
-            newest[label] = run
+            if label not in newest and not any(difference(run, other) for other in newest.values()):
+                newest[label] = run
     if not newest:
         raise ValueError("there is no finished run in runs/; python train.py makes three")
     if "RL" not in newest:
@@ -844,7 +844,7 @@ def main(args=None):
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         if args.redraw:
-            return show(json.loads(args.redraw.read_text()), args.out_dir)
+            return show(saved_answers(args.redraw), args.out_dir)
         if args.base:
             study = study_checkpoints(args.base, args.checkpoints)
         else:
@@ -854,10 +854,6 @@ def main(args=None):
         show(answers, args.out_dir)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         stop(first_line(error))
-    except (KeyError, TypeError, AttributeError) as error:
-        if not args.redraw:
-            raise
-        stop(f"{args.redraw} has no numbers of this analyze.py ({first_line(error)})")
 
 
 if __name__ == "__main__":

@@ -380,14 +380,7 @@ class GPT(nn.Module):
         config.tie_word_embeddings = self.config.tie_word_embeddings
         config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config.save_pretrained(directory)
-        saved = read_json(directory / "config.json")
-        saved["rope_theta"] = self.config.rope_theta          # where transformers 4 looks for them
-        saved["rope_scaling"] = self.config.rope_scaling
-        write_json(directory / "config.json", saved)
-        generation = read_json(directory / "generation_config.json")
-        ends = end_tokens(self.config.eos_token_id, generation.get("eos_token_id"))
-        generation["eos_token_id"] = ends or None
-        write_json(directory / "generation_config.json", generation)
+        complete_files(directory, self.config)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
                  if not (self.config.tie_word_embeddings and name == "lm_head.weight")}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
@@ -579,12 +572,25 @@ def end_tokens(*ids) -> list[int]:
     return list(dict.fromkeys(sum(lists, [])))
 
 
+def complete_files(directory: Path, config: GPTConfig):
+    """Add what transformers 4 and its like look for, and all end tokens to the generation file."""
+    rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    change_json(directory / "config.json", rope)
+    generation = directory / "generation_config.json"
+    ends = end_tokens(config.eos_token_id, read_json(generation).get("eos_token_id"))
+    change_json(generation, {"eos_token_id": ends or None})
+    tokenizer = directory / "tokenizer_config.json"
+    if read_json(tokenizer).get("tokenizer_class") == "TokenizersBackend":       # transformers 5's
+        change_json(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def read_json(path: Path) -> dict:
     """{} where there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_json(path: Path, content: dict):
+def change_json(path: Path, values: dict):
+    content = read_json(path) | values
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -82,6 +82,7 @@ class Config:
                            "runs/METHOD-2, ...")
     resume: str = setting("", "directory of a stopped run: goes on, with the settings that it has")
     save_every: int = setting(10, "steps between states to resume from (0: only when stopped)")
+    checkpoints: bool = setting(True, "keep the student at steps 0, 1, 2, 4, 8, ... for analyze.py")
     cache_dir: str = setting("cache", "where base and teacher are kept for the next run")
 
     # the task, the student and its teacher
@@ -137,7 +138,8 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, may_be_0 = getattr(self, f.name), f.default == 0 or "0:" in f.metadata["help"]
-            if f.type in ("int", "float") and not (0 < value < 2 ** 63 or value == 0 and may_be_0):
+            number = type(f.default) in (int, float)
+            if number and not (0 < value < 2 ** 63 or value == 0 and may_be_0):
                 raise ValueError(f"--{f.name} must be {'0 or more' if may_be_0 else 'above 0'} and "
                                  f"below 2^63, got {value}")
         if self.digits > 2:
@@ -603,6 +605,8 @@ class Run:
         return summary
 
     def save_checkpoint(self, name):
+        if name != "final" and not self.config.checkpoints:
+            return
         home = self.directory / "checkpoints"
         home.mkdir(exist_ok=True)
         with replacing(home / name) as scratch:
@@ -936,8 +940,9 @@ def run_one(config: Config, out_dir: Path, load, **options):
     """Load, train; then say and draw what came of it. options: of `train`."""
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions()})
     task, student, teacher, control = load(config)
-    print(f"Accuracy on {config.eval_size} held-out problems: " +
-          ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in control.items()))
+    if control:
+        words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in control.items()]
+        print(f"Accuracy on {config.eval_size} held-out problems: {', '.join(words)}")
     if config.method == "race":
         summary = race(config, task, student, teacher, out_dir, control)
         draw_race(summary, out_dir / "race.png")
@@ -961,12 +966,16 @@ def stop(message, status=2):
 
 def main(args=None, config_class=Config, load=load, command="python train.py", **options):
     """The command line; extras/real.py gives it settings, a loader and steps of its own."""
+    for stream in (sys.stdout, sys.stderr):                   # Δ on a terminal that knows ASCII alone
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     hint = ""
     try:
         config = parse(args, config_class)
         if config.device != "cpu":
             torch.set_float32_matmul_precision("high")        # TF32 on tensor cores
         out_dir = claim_directory(config)
+        config.out_dir = str(out_dir)
         hint = f"to go on: {command} --resume {shlex.quote(str(out_dir))}"
         run_one(config, out_dir, load, **options)
     except Stopped as stopped:

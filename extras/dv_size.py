@@ -68,8 +68,8 @@ def settings_of(directory: Path):
     rebuilt = (config.first_trigger.bit_count() == 1 and not config.search_every
                and not config.utility_gate and not config.alignment_gate)
     if not (asked_for and rebuilt):
-        raise ValueError(f"{directory}: this needs an EffOPD run of the built-in task, by accuracy, "
-                         "linear or doubling candidates along Δ, at the powers of two, no gates")
+        raise ValueError(f"{directory}: this needs an EffOPD run of the built-in task by accuracy, "
+                         "linear or doubling candidates along Δ at the powers of two, no gates")
     return config
 
 
@@ -86,7 +86,7 @@ def all_multiples(config) -> list:
 
 
 def searches_of(directory: Path, effopd: EffOPD):
-    """A run's searches again, bit for bit: (its record, W_t of all weights, Δ of those in scope)."""
+    """A run's searches again, bit for bit: (its record, W_t of all, Δ of the weights in scope)."""
     kept = Checkpoint(directory / "checkpoints" / "step_000000").weights()
     for line in (directory / "search.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -176,9 +176,8 @@ def main(args=None):
                                      description=__doc__.split("\n\n")[0])
     parser.error = stop
     parser.add_argument("runs", nargs="*", type=Path, help="directories of EffOPD runs, its seeds")
-    parser.add_argument("--problems", type=int, default=4000, help="that are the truth (default: "
-                        "4000)")
-    parser.add_argument("--out_dir", type=Path, default=Path("analysis"), help="(default: analysis)")
+    parser.add_argument("--problems", type=int, default=4000, help="in all (default: 4000)")
+    parser.add_argument("--out_dir", type=Path, default="analysis", help="(default: analysis)")
     parser.add_argument("--redraw", type=Path, help="a dv.json, whose figure to draw again")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(args)

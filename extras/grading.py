@@ -52,6 +52,8 @@ BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 # What LaTeX and prose write in several ways, in one.
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"[^\S\n]+", " "),                                       # first: so that none takes long
+    (r"(?: ?\n ?)+", "\n"),
     (r"[−–]", "-"),
     (r"×", r"\\times "),
     (r"π", r"\\pi "),
@@ -64,7 +66,7 @@ TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", ""),
     (r"\\%|\s*\bper ?cent(?:age points?)?\b", "%"),
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda match: f"e{SCALES[match[1]]}"),
-    (r"[^\S\n]+", " "))]
+    (r" +", " "))]
 # Words of three letters and more, and shorter ones that are no products of variables, as ab is.
 FUNCTIONS = ("sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|pi|max|"
              "min|gcd|lcm|mod|det|lim|inf|infty")

@@ -105,10 +105,6 @@ class RealConfig(train.Config):
             raise ValueError("--system is part of the chat template: not with --no_chat_template")
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "mixed"
-        for name in ("student", "teacher", "data"):           # a run goes on from any directory
-            path = Path(getattr(self, name))
-            if getattr(self, name) and path.exists():
-                setattr(self, name, str(path.resolve()))
 
 
 BUILT_IN = ("task", "gap", "num_ops", "digits", "hidden_size", "num_hidden_layers", "cache_dir",
@@ -122,6 +118,9 @@ for name in BUILT_IN:                                         # of no use here: 
 # ------------------------------------------------------------------------------------------------
 # One step of each method, as in train.py, but from hidden states: logits exist a chunk at a time.
 # A part's target is the teacher's hidden states at the answers' N tokens.
+
+LOGITS_AT_ONCE = 2 ** 25       # as in effopd.chunked
+
 
 def states(model, part: Part):
     """Hidden states (N, C) that predict the N tokens of the answers, row after row."""
@@ -148,7 +147,7 @@ def policy_loss(student, hidden, tokens, advantages, num_tokens):
 @torch.no_grad()
 def log_probs_of(model, hidden, tokens):
     """log π(y) of tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
-    rows = max(1, 2 ** 25 // len(model.head))
+    rows = max(1, LOGITS_AT_ONCE // len(model.head))
     pieces = zip(hidden.split(rows), tokens.split(rows))
     return torch.cat([token_log_probs(F.linear(h, model.head.to(h.dtype)), y) for h, y in pieces])
 
@@ -190,17 +189,9 @@ def opd_step(config, task, student, teacher, problems, generator):
 def rl_step(config, task, student, teacher, problems, generator):
     problems = [problem for problem in problems for _ in range(config.group_size)]     # neighbours
     answers = sample_answers(student, task, problems, generator)                       # y ~ π(·|x)
-    parts, num_tokens = pack(task, problems, answers, student.device, config.micro_batch_size)
     rewards = torch.tensor(rewards_of(task, problems, answers))                  # (B,)
-    advantages = group_advantages(rewards, config.group_size).to(student.device)[:, None]  # (B, 1)
-    loss_sum = 0.0
-    for part, advantage in zip(parts, advantages.split(len(parts[0].ids))):
-        weights = advantage.expand(part.mask.shape)[part.mask]                   # (N,)
-        loss = policy_loss(student, states(student, part), part.tokens[part.mask], weights,
-                           num_tokens)
-        loss.backward()
-        loss_sum += loss.detach()
-    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), tokens=num_tokens)
+    advantages = group_advantages(rewards, config.group_size)                    # (B,)
+    return weighted_step(config, task, student, problems, answers, rewards, advantages)
 
 
 def sft_step(config, task, student, teacher, problems, generator):
@@ -208,16 +199,23 @@ def sft_step(config, task, student, teacher, problems, generator):
         answers = [task.encode_answer(task.solve(problem)) for problem in problems]
     else:
         answers = sample_answers(teacher, task, problems, generator)                   # y ~ π*(·|x)
+    rewards = torch.tensor(rewards_of(task, problems, answers))                  # (B,)
+    ones = torch.ones(len(answers))
+    return weighted_step(config, task, student, problems, answers, rewards, ones)
+
+
+def weighted_step(config, task, student, problems, answers, rewards, advantages):
+    """RL's policy gradient; cross-entropy where all advantages (B,) are 1."""
     parts, num_tokens = pack(task, problems, answers, student.device, config.micro_batch_size)
+    advantages = advantages.to(student.device)[:, None]                          # (B, 1)
     loss_sum = 0.0
-    for part in parts:
-        tokens = part.tokens[part.mask]                                          # (N,)
-        weights = torch.ones(len(tokens), device=tokens.device)                  # cross-entropy
-        loss = policy_loss(student, states(student, part), tokens, weights, num_tokens)
+    for part, advantage in zip(parts, advantages.split(len(parts[0].ids))):
+        of_tokens = advantage.expand(part.mask.shape)[part.mask]                 # (N,)
+        hidden, tokens = states(student, part), part.tokens[part.mask]           # (N, C), (N,)
+        loss = policy_loss(student, hidden, tokens, of_tokens, num_tokens)
         loss.backward()
         loss_sum += loss.detach()
-    rewards = rewards_of(task, problems, answers)
-    return parts, dict(loss=loss_sum, reward=fmean(rewards), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), tokens=num_tokens)
 
 
 STEPS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}

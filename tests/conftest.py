@@ -3,3 +3,52 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig
+
+# Settings of train.py with which a run takes a second: chains of one operation, 300 of them in all.
+TOY = dict(num_ops=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, base_steps=30,
+           teacher_steps=30, steps=4, batch_size=8, eval_size=20, dv_size=8, device="cpu")
+
+
+def arguments(settings: dict) -> list[str]:
+    """A dict of settings as words of a command line."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def random_model(vocab_size, seed, sharpness=1.0) -> GPT:
+    """An untrained model of the toy shape; sharpness scales its logits."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, 16, 48, 1, 2, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    return model
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """The directory that all toy runs share for base and teacher; the first one makes them."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def toy():
+    """(config, task, student, teacher): two random models, the teacher the surer one."""
+    config = train.Config(**TOY, lr=1e-2)
+    task = train.Chains(config)
+    student, teacher = random_model(17, seed=0), random_model(17, seed=1, sharpness=3.0)
+    return config, task, student, teacher.requires_grad_(False)

@@ -13,13 +13,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 
 import analyze
 import train
-from analyze import Checkpoint, Trajectory, cosines, in_two_components, interval, rescaled, truncated
+from analyze import (Checkpoint, Trajectory, cosines, in_two_components, interval, rescaled,
+                     truncated)
 from effopd import (module_of, module_utility, singular_values, spectral_metrics,
                     subspace_alignment)
 from model import GPT, GPTConfig
 
-TOY = dict(num_ops=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, base_steps=30,
-           teacher_steps=30, steps=5, batch_size=8, group_size=4, eval_size=20, dv_size=8, lr=1e-3,
+TOY = dict(num_ops=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, base_steps=150,
+           teacher_steps=60, steps=5, batch_size=32, group_size=4, eval_size=20, lr=1e-3,
            device="cpu")
 
 
@@ -37,7 +38,7 @@ def svd(matrix):
 @pytest.mark.parametrize("shape", [(7, 7), (30, 12), (12, 30), (150, 220), (1, 5)])
 def test_spectral_metrics_equal_numpy(shape, noise):
     delta = randn(*shape)
-    if noise is not None:                                     # float32's own Gram would lose it
+    if noise is not None:                                     # float32's Gram would lose it
         delta = randn(shape[0], 4, seed=1) @ randn(4, shape[1], seed=2) + noise * delta
     s = svd(delta)[1]
     p, k = s / s.sum(), math.ceil(len(s) / 100)
@@ -360,12 +361,11 @@ def answers(home):
 
 def test_three_runs_from_end_to_end(home, answers):
     """Ten questions, the norms and shares against the files themselves."""
-    assert list(answers) == [analyze.name_of(measure) for measure, _, _ in analyze.QUESTIONS]
+    assert list(answers) == list(analyze.QUESTIONS)
     assert all(list(numbers) == ["OPD", "RL"] for numbers in answers.values())
     pictures = sorted(path.name for path in (home / "analysis").glob("*.png"))
     assert len(pictures) == 10 and "10_one_scalar.png" in pictures
-    read = lambda name: load_file(home / "runs/rl/checkpoints" / name / "model.safetensors")
-    base, final = read("step_000000"), read("final")
+    base, final = weights_of(home / "runs" / "rl", "step_000000", "final")
     squares = {name: (final[name] - w).double().square().sum().item() for name, w in base.items()}
     norm = sum(squares.values()) ** 0.5
     scaling, shares = answers["norm_scaling"]["RL"], answers["update_norms"]["RL"]
@@ -375,12 +375,16 @@ def test_three_runs_from_end_to_end(home, answers):
     sizes = {name: w.numel() for name, w in base.items()}
     by_chance = sizes["model.embed_tokens.weight"] / sum(sizes.values())
     share = squares["model.embed_tokens.weight"] / norm ** 2
-    density = shares["module"]["embedding"]["mean"]
+    density = shares["modules"]["embedding"]["mean"]
     assert density == pytest.approx(share / by_chance, rel=1e-5)
     ranks = [spectral_metrics(final[n] - base[n])["effective_rank"] for n in base if "proj" in n]
     assert answers["spectra"]["RL"]["effective rank"]["mean"] == pytest.approx(np.mean(ranks), 1e-4)
     opd = answers["norm_scaling"]["OPD"]["norms"]
     assert opd["n"] == 2 and opd["low"][-1] < opd["mean"][-1] < opd["high"][-1]
+
+
+def weights_of(run, *names):
+    return [load_file(run / "checkpoints" / name / "model.safetensors") for name in names]
 
 
 def accuracy_and_kl(config, weights, temperature=1.0):
@@ -389,47 +393,46 @@ def accuracy_and_kl(config, weights, temperature=1.0):
     student.load_state_dict(weights, strict=False)
     problems = train.evaluation_problems(config, task)[:15]
     right, rows = train.evaluate(student, task, problems, temperature=temperature)
-    total, n = 0.0, 0
+    total = 0.0
     for problem, row in zip(problems, rows):
         ids = torch.tensor([task.encode(problem) + row])
         with torch.no_grad():
             log_p = F.log_softmax(student(ids)[0, -len(row) - 1:-1] / temperature, -1)
             log_q = F.log_softmax(teacher(ids)[0, -len(row) - 1:-1], -1)
-        total, n = total + F.kl_div(log_q, log_p, log_target=True, reduction="sum").item(), n + len(row)
-    return right, total / n
+        total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    return right, total / sum(map(len, rows))
 
 
 def test_accuracies_and_kls_are_those_of_the_intervened_weights(home, answers):
     run = home / "runs" / "rl"
     config, _ = analyze.read_run(run)
-    base, early, final = (load_file(run / "checkpoints" / name / "model.safetensors")
-                          for name in ("step_000000", "step_000001", "final"))
-    scalar = answers["one_scalar"]["RL"]
+    base, early, final = weights_of(run, "step_000000", "step_000001", "final")
+    start, end = accuracy_and_kl(config, base), accuracy_and_kl(config, final)
+
+    def found(question, key, i=...):
+        return np.array(answers[question]["RL"][key]["mean"])[i]
+
+    assert start[0] > end[0] + 0.05                           # so that something can be seen
     for i, temperature in enumerate(train.TEMPERATURES[:-1]):                    # 0: its limit
-        expected = accuracy_and_kl(config, base, temperature)
-        assert scalar["accuracy"]["mean"][i] == expected[0]
-        assert scalar["KL"]["mean"][i] == pytest.approx(expected[1], rel=1e-4)
-    end = accuracy_and_kl(config, final)
-    assert scalar["end"]["accuracy"]["mean"] == end[0]
-    assert scalar["end"]["KL"]["mean"] == pytest.approx(end[1], rel=1e-4)
+        accuracy, kl = accuracy_and_kl(config, base, temperature)
+        assert found("one_scalar", "accuracy", i) == accuracy
+        assert found("one_scalar", "KL", i) == pytest.approx(kl, rel=1e-4)
+    ends = answers["one_scalar"]["RL"]["end"]
+    assert (ends["accuracy"]["mean"], ends["KL"]["mean"]) == pytest.approx(end, rel=1e-4)
     near = {name: w + 0.4 * (final[name] - w) for name, w in base.items()}
-    assert answers["norm_scaling"]["RL"]["accuracies"]["mean"][2] == accuracy_and_kl(config, near)[0]
+    assert found("norm_scaling", "accuracies", 2) == accuracy_and_kl(config, near)[0]
     back = final | {"model.embed_tokens.weight": base["model.embed_tokens.weight"]}
-    assert answers["embeddings"]["RL"]["with the base's"]["mean"] == accuracy_and_kl(config, back)[0]
-    gained, lost = dict(base), dict(final)
-    for name in base:
-        if "layers.1.mlp" in name and "proj" in name:
-            gained[name], lost[name] = final[name], base[name]
-    utility = answers["utility"]["RL"]
-    norm = sum((final[n] - w).square().sum() for n, w in base.items() if gained[n] is not w) ** 0.5
-    expected = (accuracy_and_kl(config, gained)[0] - scalar["accuracy"]["mean"][0]) / norm.item()
-    assert utility["mlp utility"]["mean"][1] == pytest.approx(expected, rel=1e-4, abs=1e-9)
-    expected = end[0] - accuracy_and_kl(config, lost)[0]
-    assert utility["mlp lost"]["mean"][1] == pytest.approx(expected)
-    stretched = {name: w + (early[name] - w) * (final[name] - w).norm() / (early[name] - w).norm()
-                 for name, w in base.items()}
-    numbers = answers["early_rescaled"]["RL"]
-    assert numbers["KL"]["mean"][3] == pytest.approx(accuracy_and_kl(config, stretched)[1], rel=1e-3)
+    assert found("embeddings", "with the base's") == accuracy_and_kl(config, back)[0]
+    in_window = [name for name in base if "layers.1.mlp" in name and "proj" in name]
+    gained = accuracy_and_kl(config, base | {name: final[name] for name in in_window})[0]
+    left = accuracy_and_kl(config, final | {name: base[name] for name in in_window})[0]
+    norm = math.sqrt(sum((final[n] - base[n]).square().sum().item() for n in in_window))
+    assert found("utility", "mlp utility", 1) == pytest.approx((gained - start[0]) / norm, rel=1e-4)
+    assert found("utility", "mlp lost", 1) == pytest.approx(end[0] - left)
+    deltas = {name: (early[name] - w, final[name] - w) for name, w in base.items()}
+    stretched = {name: base[name] + a * b.norm() / a.norm() for name, (a, b) in deltas.items()}
+    kl = accuracy_and_kl(config, stretched)[1]
+    assert found("early_rescaled", "KL", analyze.BETAS.index(1.0)) == pytest.approx(kl, rel=1e-3)
 
 
 def test_figures_drawn_again_are_the_same(home, answers, tmp_path, capsys):
@@ -455,11 +458,9 @@ def test_the_newest_comparable_run_of_each_method(home, tmp_path, monkeypatch, c
     assert "--method rl" in capsys.readouterr().out
 
 
-def rewrite(directory, label=None, **settings):
-    """Other settings, or another label, in a run's files."""
-    for file, new in (("config.json", settings), ("summary.json", {"label": label} if label else {})):
-        path = train.Path(directory) / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+def rewrite(directory, **settings):
+    path = train.Path(directory) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def test_runs_that_differ_in_a_setting_are_no_seeds():
@@ -502,10 +503,11 @@ def test_weights_alone_of_other_families(make, mlp, attention, tmp_path, capsys)
     answers = json.loads((tmp_path / "out" / "analysis.json").read_text())
     shares = answers["update_norms"]["checkpoints"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    for role, words in (("mlp", mlp), ("attention", attention), ("embedding", ("embed_", ".wte", ".wpe"))):
+    roles = dict(mlp=mlp, attention=attention, embedding=("embed_", ".wte", ".wpe"))
+    for role, words in roles.items():
         size = sum(n for name, n in sizes.items() if any(word in name for word in words))
         expected = 100 * size / sum(sizes.values())
-        assert shares[f"% of parameters ({role})"]["mean"] == pytest.approx(expected)
+        assert shares[f"% of parameters in {role}"]["mean"] == pytest.approx(expected)
         assert shares[f"% in {role}"]["mean"] == pytest.approx(expected, rel=0.1)    # white noise
     assert answers["alignment"]["checkpoints"]["progress"]["mean"] == [0.5, 1.0]
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
@@ -518,7 +520,8 @@ def test_one_checkpoint_is_no_path_and_doubts_are_said(pair, tmp_path, capsys):
         state = load_file(folder / name / "model.safetensors")
         state["model.layers.0.mixer.weight"] = torch.ones(3, 3)
         (tmp_path / name).mkdir()
-        save_file({n: w.bfloat16() for n, w in state.items()}, tmp_path / name / "model.safetensors")
+        half = {n: w.bfloat16() for n, w in state.items()}
+        save_file(half, tmp_path / name / "model.safetensors")
     analyze.main(["--base", str(tmp_path / "base"), "--checkpoints", str(tmp_path / "final"),
                   "--out_dir", str(tmp_path / "out")])
     said = capsys.readouterr().err
@@ -529,8 +532,8 @@ def test_one_checkpoint_is_no_path_and_doubts_are_said(pair, tmp_path, capsys):
 # What is refused, in one line.
 
 @pytest.mark.parametrize("change, words", [
-    (dict(gap="slip"), "--gap slip and habit"), (dict(teacher_steps=31), "--teacher_steps 31 and 30"),
-    ("base", "different weights"), ("final", "no final"), ("summary.json", "no finished run"),
+    (dict(gap="slip"), "--gap slip and habit"), (dict(teacher_steps=9), "--teacher_steps 9 and 60"),
+    ("base", "different weights"), ("final", "final has no model.safetensors"), ("summary.json", "no finished run"),
     (dict(student="SmolLM2"), "--base and --checkpoints")])
 def test_runs_that_are_not_analysed(change, words, home, tmp_path, capsys):
     shutil.copytree(home / "runs" / "opd-1", tmp_path / "other")
@@ -569,12 +572,12 @@ def refused(args, words, tmp_path, capsys):
     ("--redraw small/model.safetensors", "small/model.safetensors")])
 def test_bad_input(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, shape in (("small", (16, 24, 1, 2)), ("wide", (32, 24, 1, 2)), ("deep", (16, 24, 2, 2))):
-        GPT(GPTConfig(11, *shape)).save_pretrained(tmp_path / name)
+    for name, width, depth in (("small", 16, 1), ("wide", 32, 1), ("deep", 16, 2)):
+        GPT(GPTConfig(11, width, 24, depth, 2)).save_pretrained(tmp_path / name)
     for name in ("flat", "broken"):
         (tmp_path / name).mkdir()
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "flat" / "model.safetensors")
     whole = (tmp_path / "small" / "model.safetensors").read_bytes()
     (tmp_path / "broken" / "model.safetensors").write_bytes(whole[:-9])
-    (tmp_path / "old.json").write_text(json.dumps({"paths": {"explained_percent": 3}}))
+    (tmp_path / "old.json").write_text(json.dumps({"compared_steps": {}}))
     refused(args.split(), words, tmp_path, capsys)

@@ -90,15 +90,16 @@ TABLE = [  # gold, right answers, wrong ones
 MATH_ANSWERS = r"""
 \frac{14}{3} | \dfrac{9}{7} | -\frac{35}{9} | \frac 59 | \frac{3}{56} | .35,\!625 | 9,\!901 | 2220
 1,\!000,\!000 | 0.75 | \$32,\!348 | \$18.90 | 10\% | 5.4 \text{ cents} | 36\text{ cm} | 90^\circ
--50 | 15\mbox{ cm}^2 | 3\sqrt{13} | 11\sqrt2 | \sqrt{51} | 6+9i | 3 \pm 2\sqrt{2} | -2+\sqrt{2} | 2k+2
-x \in [-2,7] | x=5 | y = 2x + 3 | 2x^3-3x+7 | \frac{\sqrt{3}}{3} | \left( 3, \frac{\pi}{2} \right)
-(6,31,-1) | [-2,7] | (5,\infty) | (-\infty, 2) \cup (3, \infty) | \left[\frac{1}{2},1\right) | 1,-2
-10, 11, 12, 13, 14, -2, -1 | \{1\pm\sqrt{5},-2\} | \text{east} | \text{(C)} | \text{Navin}
-3:1 | 7:00 | 4210_{5} | 0.\overline{3} | \emptyset | 16x+9y-25z+5=0 | x^{2}+y^2=1 | 3^{2n} | 9! | \pi
-\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix} | \cot x | \frac{1}{2}(x-1) | 2\text{ and }-3 | 100
-1\frac{4}{5} | 2.5 \times 10^{-3} | p(x)=x+1 | f(x)=\frac{1}{x} | e^{i\pi} | |x-3| | \binom{7}{3}
-\text{ellipse} | 2^{31}-1 | x^2y-xy^2 | 12\pi | \tan^2 \theta | \sqrt[3]{4} | \text{not possible}
-a+b | \log_2 5 | 16 | \text{June} | 0 | \frac{x}{y}
+-50 | 15\mbox{ cm}^2 | 3\sqrt{13} | 11\sqrt2 | \sqrt{51} | 6+9i | 3 \pm 2\sqrt{2} | -2+\sqrt{2}
+2k+2 | x \in [-2,7] | x=5 | y = 2x + 3 | 2x^3-3x+7 | \frac{\sqrt{3}}{3}
+\left( 3, \frac{\pi}{2} \right) | (6,31,-1) | [-2,7] | (5,\infty) | (-\infty, 2) \cup (3, \infty)
+\left[\frac{1}{2},1\right) | 1,-2 | 10, 11, 12, 13, 14, -2, -1 | \{1\pm\sqrt{5},-2\} | \text{east}
+\text{(C)} | \text{Navin} | 3:1 | 7:00 | 4210_{5} | 0.\overline{3} | \emptyset | 16x+9y-25z+5=0
+x^{2}+y^2=1 | 3^{2n} | 9! | \pi | \begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix} | \cot x
+\frac{1}{2}(x-1) | 2\text{ and }-3 | 100 | 1\frac{4}{5} | 2.5 \times 10^{-3} | p(x)=x+1
+f(x)=\frac{1}{x} | e^{i\pi} | |x-3| | \binom{7}{3} | \text{ellipse} | 2^{31}-1 | x^2y-xy^2 | 12\pi
+\tan^2 \theta | \sqrt[3]{4} | \text{not possible} | a+b | \log_2 5 | 16 | \text{June} | 0
+\frac{x}{y}
 """
 
 
@@ -133,7 +134,7 @@ def test_golds_that_cannot_be_read_with_certainty_are_refused(text):
 
 
 def test_answers_are_right_against_themselves_letter_by_letter(monkeypatch):
-    """Hundreds in MATH's and GSM8K's formats. The judge of formulas, which is slow, is not asked."""
+    """Hundreds in MATH's and GSM8K's formats, without the judge of formulas, which is slow."""
     monkeypatch.setattr(grading, "JUDGE", None)
     rng = random.Random(0)
     texts = [word_problems.gsm8k_problem(rng)["answer"] for _ in range(400)]
