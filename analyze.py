@@ -514,7 +514,7 @@ def draw_low_rank(numbers, path):
         draw_curves(axes[0], numbers, "top k", "top")
         draw_curves(axes[1], numbers, "bottom k", "bottom")
         axes[0].axhline(common(numbers, "Gaussian"), **CHANCE,
-                        label="left: a Gaussian update of this norm; right: the base")
+                        label="Gaussian of this norm (left), base (right)")
         axes[1].axhline(common(numbers, "base"), **CHANCE)
         axes[0].set(xscale="log", xticks=TOP, xticklabels=TOP)
         axes[0].minorticks_off()
@@ -652,8 +652,8 @@ CHANCE = dict(color="black", linestyle=":")                   # what chance, or 
 def canvas(path, title, *panels):
     """The axes to draw in, one for each (x label, y label); saved under path afterwards."""
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    size = (2 + 3.5 * len(panels), 3.6)                       # inches
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), layout="constrained",
+                                squeeze=False)
     figure.suptitle(title, fontsize=10.5, fontweight="bold")
     for axis, (x, y) in zip(axes[0], panels):
         axis.set(xlabel=x, ylabel=y)
@@ -662,8 +662,9 @@ def canvas(path, title, *panels):
     for axis in axes[0]:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             legend.setdefault(label, handle)
+    num_rows = math.ceil(sum(8 + len(label) for label in legend) / 150)          # of characters
     figure.legend(legend.values(), legend, loc="outside lower center", fontsize=8,
-                  ncols=max(1, 150 // (8 + max(map(len, legend)))))    # 150 characters in a row
+                  ncols=math.ceil(len(legend) / num_rows))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -331,7 +331,7 @@ def evaluation_problems(config, task) -> list[str]:
     return task.problems(config.eval_size, random.Random("evaluation"))
 
 
-TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)             # as it was trained first; greedy last
 
 
 def control(task, student, teacher, problems) -> dict:

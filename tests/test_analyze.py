@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from effopd import (module_of, module_utility, singular_values, spectral_metrics
 from model import GPT, GPTConfig
 
 TOY = dict(num_ops=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, base_steps=150,
-           teacher_steps=60, steps=5, batch_size=32, group_size=4, eval_size=20, lr=1e-3,
+           teacher_steps=60, steps=4, batch_size=32, group_size=4, eval_size=20, lr=1e-3,
            device="cpu")
 
 
@@ -34,7 +35,7 @@ def svd(matrix):
 
 # Spectra.
 
-@pytest.mark.parametrize("noise", [None, 1e-3, 1e-6])         # of a matrix of rank 4; None: Gaussian
+@pytest.mark.parametrize("noise", [None, 1e-3, 1e-6])         # beside rank 4; None: Gaussian
 @pytest.mark.parametrize("shape", [(7, 7), (30, 12), (12, 30), (150, 220), (1, 5)])
 def test_spectral_metrics_equal_numpy(shape, noise):
     delta = randn(*shape)
@@ -150,7 +151,9 @@ def test_cosines_by_hand():
     to_end, to_rest = cosines(turn @ turn.T)
     assert to_end.tolist() == pytest.approx([2 / 5 ** 0.5, 1])
     assert to_rest.tolist() == pytest.approx([0.5 ** 0.5, 0])
-    assert cosines(torch.ones(2, 2).double())[1].tolist() == [0, 0]              # there already
+    for ahead in (0.0, 1e-9):                                 # there already, but for rounding
+        line = (1 + torch.tensor([0.0, ahead]).double()[:, None]) * randn(1, 99).double()
+        assert cosines(line @ line.T)[1].tolist() == [0, 0]
 
 
 def test_variance_in_two_components_equals_numpys():
@@ -294,6 +297,7 @@ def test_blocks_of_rows_shards_and_a_stored_head_change_nothing(pair, tmp_path, 
     monkeypatch.setattr(Checkpoint, "read", recorded)
     monkeypatch.setattr(analyze, "BLOCK", 64)
     blocks = trajectory(tmp_path, "final")
+    assert set(Checkpoint(shards).shapes) == set(whole.squares)
     assert max(most) <= 64 and blocks.squares == pytest.approx(whole.squares)
     assert blocks.embedding_cosine == pytest.approx(whole.embedding_cosine)
 
@@ -333,6 +337,38 @@ def test_an_early_update_rescaled():
     assert stretched["b"].norm().item() == pytest.approx(final["b"].norm().item(), rel=1e-5)
     assert torch.cosine_similarity(stretched["b"].flatten(), early["b"].flatten(), 0) > 0.9999
     assert not stretched["zero"].any()
+
+
+def test_what_the_interventions_keep():
+    """The updates that are assessed, of a study that only looks at them."""
+    up = "layers.0.mlp.up_proj.weight"
+
+    class Look:
+        task, start, runs, seen = True, [0.1, 2.0], [], []
+
+        def update(self, run):
+            return {"lm_head.weight": randn(5, 4), "model.embed_tokens.weight": randn(5, 4),
+                    "model.norm.weight": randn(4), up: 3 * randn(8, 4)}
+
+        def accuracy(self, update, alpha=1.0):
+            self.seen.append({name: alpha * d for name, d in update.items()})
+            return len(self.seen) / 100
+
+    look = Look()
+    run = SimpleNamespace(end=[0.5, 1.0], embedding_cosine=0.9, sigmas={up: None},
+                          squares={up: 4.0, "model.norm.weight": 9.0})
+    look.runs.append(run)
+    analyze.measure_embeddings(look, run)
+    assert list(look.seen.pop()) == ["model.norm.weight", up]
+    analyze.measure_low_rank(look, run)
+    norms = [update[up].norm().item() for update in look.seen]
+    top, half, noise = norms[:6], norms[6], norms[-1]
+    assert [*top, noise] == pytest.approx([2.0] * 7)          # the smallest norm of the matrices
+    look.start, look.colder, run.end = [0.4, 0.2], [[0.4, 0.2], [0.6, 0.3], [0.5, 0.1]], [0.8, 0.04]
+    scalar = analyze.measure_one_scalar(look, run)
+    assert scalar["% of the gain in accuracy"] == pytest.approx(50)
+    assert scalar["% of the fall in KL"] == pytest.approx(62.5)
+    assert half == pytest.approx(3 * np.linalg.norm(svd(randn(8, 4))[1][2:]))    # as it is
 
 
 # End to end.
@@ -381,6 +417,8 @@ def test_three_runs_from_end_to_end(home, answers):
     assert answers["spectra"]["RL"]["effective rank"]["mean"] == pytest.approx(np.mean(ranks), 1e-4)
     opd = answers["norm_scaling"]["OPD"]["norms"]
     assert opd["n"] == 2 and opd["low"][-1] < opd["mean"][-1] < opd["high"][-1]
+    assert scaling["equal norm"]["mean"] == pytest.approx(min(norm, opd["mean"][-1]), rel=0.1)
+    assert answers["alignment"]["RL"]["progress"]["mean"] == [0.25, 0.5, 1.0]    # no step_000004
 
 
 def weights_of(run, *names):
@@ -449,7 +487,7 @@ def test_the_newest_comparable_run_of_each_method(home, tmp_path, monkeypatch, c
     shutil.copytree("runs/opd", "runs/race/opd")              # a race's
     rewrite("runs/race/opd", gap="slip")
     (tmp_path / "runs" / "unfinished" / "checkpoints").mkdir(parents=True)
-    for age, name in enumerate(("rl", "opd-1", "race/opd", "opd")):
+    for age, name in enumerate(("rl", "race/opd", "opd-1", "opd")):
         train.os.utime(f"runs/{name}/summary.json", (1e9 - age, 1e9 - age))
     assert [path.as_posix() for path in analyze.newest_runs()] == ["runs/rl", "runs/opd-1"]
     assert analyze.expand(train.Path("runs/race")) == [train.Path("runs/race/opd")]
@@ -492,15 +530,20 @@ def toy_gpt2():
 def test_weights_alone_of_other_families(make, mlp, attention, tmp_path, capsys):
     torch.manual_seed(0)
     model = make()
+    tokens = model.get_input_embeddings().weight
+    rows = tokens.detach().clone()
     for i, name in enumerate(("base", "ckpt-10", "ckpt-20")):
         for n, p in enumerate(model.parameters()):
-            p.data += 0.01 * randn(*p.shape, seed=100 * i + n)
+            p.data += 0.01 * i * randn(*p.shape, seed=100 * i + n)
         model.save_pretrained(tmp_path / name)
     analyze.main(["--base", str(tmp_path / "base"), "--out_dir", str(tmp_path / "out"),
                   "--checkpoints", str(tmp_path / "ckpt-10"), str(tmp_path / "ckpt-20")])
     said = capsys.readouterr()
     assert said.out.count("paper says") == 5 and "warning" not in said.err
     answers = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    turned = 1 - F.cosine_similarity(rows, tokens).mean().item()
+    found = answers["embeddings"]["checkpoints"]["1 - cosine"]["mean"]
+    assert found == pytest.approx(turned, rel=1e-3)
     shares = answers["update_norms"]["checkpoints"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     roles = dict(mlp=mlp, attention=attention, embedding=("embed_", ".wte", ".wpe"))
@@ -533,7 +576,8 @@ def test_one_checkpoint_is_no_path_and_doubts_are_said(pair, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, words", [
     (dict(gap="slip"), "--gap slip and habit"), (dict(teacher_steps=9), "--teacher_steps 9 and 60"),
-    ("base", "different weights"), ("final", "final has no model.safetensors"), ("summary.json", "no finished run"),
+    ("base", "different weights"), ("final", "final has no model.safetensors"),
+    ("summary.json", "no finished run"),
     (dict(student="SmolLM2"), "--base and --checkpoints")])
 def test_runs_that_are_not_analysed(change, words, home, tmp_path, capsys):
     shutil.copytree(home / "runs" / "opd-1", tmp_path / "other")

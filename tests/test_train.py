@@ -1,510 +1,506 @@
-"""train.py: the task, the batches, the loop, the race and the command line, at toy size."""
+"""train.py: the task, the batches, the scores, the loop, the race and the command line."""
 
+import copy
 import dataclasses
+import io
 import json
+import math
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 import train
-from effopd import reverse_kl
-from model import GPT, GPTConfig
-from train import Chains, Config, Score, compare, evaluate, load_models, main, pack, parse_config
+from conftest import TOY, arguments, random_model, read_lines
+from effopd import EffOPD, undisturbed
+from model import GPT
+from train import Chains, Config, Judge, evaluate, pack
 
-TOY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_ops=2, base_steps=4,
-           teacher_steps=2, base_batch_size=8, steps=4, batch_size=6, eval_size=10, device="cpu")
-ROOT = Path(train.__file__).parent
-
-
-def as_args(settings):
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+replace = dataclasses.replace
 
 
-def distil(config, task, student, teacher, directory, label="toy"):
+def run(config, task, student, teacher, directory, **options):
     directory.mkdir(parents=True)
-    return train.distil(config, task, student, teacher, directory, label)
+    return train.train(config, task, student, teacher, directory, "toy", **options)
 
 
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def weights_of(model):
+    return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.fixture
-def toy(tmp_path):
-    """A toy config, its task, an untrained student and a different teacher."""
-    config = Config(**TOY, dv_size=5, lr=1e-2, cache_dir=str(tmp_path / "cache"))
-    task = Chains(2, 1)
-    torch.manual_seed(0)
-    student, teacher = (GPT(GPTConfig(task.vocab_size, 16, 24, 1, 2)) for _ in range(2))
-    return config, task, student, teacher.requires_grad_(False)
+def equal(tensors, others):
+    return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def steps_of(answer):
+    """"7+5=2;2-3=9;#9" -> [(7, "+", 5, 2), (2, "-", 3, 9)]"""
+    found = re.findall(r"(\d+)([-+*])(\d+)=(\d+);", answer)
+    return [(int(a), op, int(b), int(result)) for a, op, b, result in found]
 
 
 # The task.
 
 def test_a_chain_by_hand():
-    task = Chains(3, 1)
+    task = Chains(Config(num_ops=3))
     assert task.solve("7+5-3*4=") == "7+5=2;2-3=9;9*4=6;#6"
+    assert task.solve("7+5-3*4=", habit=True) == "7+5=2;2-3=1;1*4=4;#4"
     assert task.is_correct("7+5-3*4=", "7+5=2;2-3=9;9*4=6;#6") and task.is_correct("7+5-3*4=", "#6")
-    assert not any(task.is_correct("7+5-3*4=", a) for a in ("", "6", "#", "#66", "7+5=2;2-3=9;9*4=6;", "#5"))
-    assert Chains(2, 2).solve("37+85*4=") == "37+85=22;22*4=88;#88"
+    for answer in ("", "6", "#", "#66", "7+5=2;2-3=9;9*4=6;", "#5", "#6#"):
+        assert not task.is_correct("7+5-3*4=", answer)
+    assert Chains(Config(digits=2)).solve("37+85*4=") == "37+85=22;22*4=88;#88"
 
 
 @pytest.mark.parametrize("digits", [1, 2])
 def test_chains_are_worked_out_as_python_would(digits):
-    task, rng = Chains(6, digits), random.Random(0)
-    for problem in task.problems(200, rng):
-        value, text = None, problem[:-1].replace("+", " + ").replace("-", " - ").replace("*", " * ").split()
-        value = int(text[0])
-        for op, number in zip(text[1::2], text[2::2]):
-            value = eval(f"({value} {op} {number}) % {10 ** digits}")
+    task = Chains(Config(num_ops=6, digits=digits))
+    for problem in task.problems(200, random.Random(0)):
+        value, *operations = re.findall(r"[-+*]?\d+", problem)
+        for operation in operations:
+            value = eval(f"({value} {operation}) % {10 ** digits}")
         answer = task.solve(problem)
         assert answer.endswith(f"#{value}") and answer.count(";") == 6
-        assert task.decode(task.encode(answer) + [task.end]) == answer
-        assert len(task.encode(problem)) <= task.max_prompt and len(task.encode(answer)) + 1 <= task.max_response
+        tokens = task.encode_answer(answer)
+        assert task.decode(tokens) == answer and tokens[-1] == task.end
+        assert len(tokens) <= task.max_response
 
 
 def test_slips_come_at_their_rate_and_are_carried_on():
-    task, rng = Chains(5, 1), random.Random(0)
-    wrong = steps = 0
+    task, rng, wrong = Chains(Config()), random.Random(0), []
     for problem in task.problems(2000, rng):
-        answer = task.solve(problem, 0.2, rng)
-        for step in answer.split(";")[:-1]:
-            question, result = step.split("=")
-            wrong += eval(question) % 10 != int(result)
-            steps += 1
-        chain = [step.split("=")[1] for step in answer.split(";")[:-1]]
-        assert all(step[0] == previous for step, previous in zip(answer.split(";")[1:-1], chain))
-    assert abs(wrong / steps - 0.2) < 0.015
+        steps = steps_of(task.flawed(problem, "slip", rng))
+        wrong += [eval(f"{a} {op} {b}") % 10 != result for a, op, b, result in steps]
+        assert all(step[0] == before[3] for before, step in zip(steps, steps[1:]))
+    assert fmean(wrong) == pytest.approx(0.2, abs=0.015)
 
 
-def test_no_evaluation_problem_is_trained_on(toy, monkeypatch, tmp_path):
-    config, task, student, teacher = toy
-    everything = [f"{a}{p}{b}{q}{c}=" for a in range(10) for b in range(10) for c in range(10)
-                  for p in "+-*" for q in "+-*"]
-    held_out, used = set(everything[:8500]), []               # leaves 500 of 9,000
-    monkeypatch.setattr(train, "evaluation_problems", lambda *_: everything[:8500])
-    monkeypatch.setattr(train, "evaluate", lambda *_: (0.5, []))
-    real = Chains.encode
-    monkeypatch.setattr(Chains, "encode", lambda self, text: used.append(text) or real(self, text))
-    load_models(config, task)
-    assert len(used) == 2 * (4 + 2) * 8 and not held_out & set(used)                     # base and teacher
+def test_the_habit_reverses_all_subtractions_of_six_answers_in_ten():
+    task, rng, reversed_in, others = Chains(Config()), random.Random(0), [], []
+    for problem in task.problems(4000, rng):
+        steps = steps_of(task.flawed(problem, "habit", rng))
+        others += [eval(f"{a} {op} {b}") % 10 != result for a, op, b, result in steps if op != "-"]
+        kinds = {result == (b - a) % 10 for a, op, b, result in steps
+                 if op == "-" and (a - b) % 5 and result in ((a - b) % 10, (b - a) % 10)}
+        reversed_in += [fmean(kinds)] if kinds else []        # 0 no, 1 all, 1/2 some: by a slip
+    assert reversed_in.count(1) / len(reversed_in) == pytest.approx(0.6, abs=0.025)
+    assert reversed_in.count(0.5) / len(reversed_in) < 0.02
+    assert fmean(others) == pytest.approx(0.05, abs=0.01)
+
+
+def test_no_problem_of_the_evaluation_or_of_d_v_is_trained_on(toy, tmp_path, monkeypatch):
+    config, _, student, teacher = toy
+    held_out, used, dv, encode = set(), [], set(), Chains.encode
+    monkeypatch.setattr(Chains, "encode", lambda self, p: used.append(p) or encode(self, p))
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: (0.0, [[1]] * 20))
+    config = replace(config, method="effopd", score="dv", steps=30, cache_dir=str(tmp_path))
+    task, *_ = train.load(config)
+    held_out.update(train.evaluation_problems(config, task))
+    assert len(held_out) > 15 and not held_out & set(used)
+    assert len(held_out) + len(set(used)) == 300              # all the others
     used.clear()
-    distil(dataclasses.replace(config, method="effopd"), task, student, teacher, tmp_path / "run")
-    assert len(used) > 4 * 6 * 2 and not held_out & set(used)                            # training and D_v
+    run(config, task, student, teacher, tmp_path / "run",
+        scores={"dv": lambda judge, model: dv.update(judge.problems) or 0.0})
+    assert len(dv) > 4 and not held_out & dv and not (held_out | dv) & set(used)
+    assert len(set(used)) > 140                               # of 240: what was shared would show
 
 
-# Alignment.
+# Alignment of prompts, answers and masks.
 
 def test_packed_logits_are_those_that_chose_the_answers(toy):
-    """Off by one, a lost last token or shifted padding would all show: pitfalls 1 to 3."""
+    """Off by one, a lost last token or shifted padding would all show."""
     _, task, student, _ = toy
-    prompts = [task.encode(p) for p in ("1+2=", "1+2*3-4=", "9*9+1=")]
-    rollout = student.generate(prompts, 20, generator=torch.Generator().manual_seed(3), eos_token_id=task.end)
+    problems = ["1+2=", "1+2*3-4=", "9*9+1="]
+    prompts = [task.encode(problem) for problem in problems]
+    rollout = student.generate(prompts, 20, 1.0, torch.Generator().manual_seed(4), task.end)
     lengths = rollout.mask.sum(1).tolist()
-    assert len(set(lengths)) > 1 and min(lengths) < 20        # ragged, and some rows ended with <end>
-    batch = pack(prompts, [t[:n] for t, n in zip(rollout.tokens.tolist(), lengths)], "cpu")
-    log_p = F.log_softmax(student(batch.ids[:, :-1]), -1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(log_p[batch.mask], rollout.log_probs[rollout.mask], atol=1e-5, rtol=0)
+    assert len(set(lengths)) == 3 and min(lengths) < 20       # ragged, and some ended with <end>
+    answers = [row[:n] for row, n in zip(rollout.tokens.tolist(), lengths)]
+    (part,), num_tokens = pack(task, problems, answers, "cpu")
+    log_p = F.log_softmax(student(part.inputs), -1).gather(-1, part.tokens[..., None])[..., 0]
+    torch.testing.assert_close(log_p[part.mask], rollout.log_probs[rollout.mask])
+    assert num_tokens == part.mask.sum() == sum(lengths)
 
 
-def test_end_token_carries_loss_and_padding_does_not():
-    end = 9
-    batch = pack([[1, 2], [3]], [[5, end], [6, 7, 8, end]], "cpu")
-    assert batch.ids.tolist() == [[1, 2, 5, end, 0], [3, 6, 7, 8, end]]
-    assert batch.mask.tolist() == [[False, True, True, False], [True, True, True, True]]
-    assert batch.ids[:, 1:][batch.mask].tolist() == [5, end, 6, 7, 8, end]
+def test_the_end_token_carries_loss_and_padding_does_not(toy):
+    task = toy[1]
+    one, two, end = *task.encode("12"), task.end
+    (part,), num_tokens = pack(task, ["12", "1"], [[5, end], [6, 7, 8, end]], "cpu")
+    assert part.ids.tolist() == [[one, two, 5, end, 0], [one, 6, 7, 8, end]]
+    assert part.mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+    assert part.tokens[part.mask].tolist() == [5, end, 6, 7, 8, end] and num_tokens == 6
+    parts, num_tokens = pack(task, ["12", "1", "111"], [[], [end], [5]], "cpu", 2)
+    assert [part.mask.tolist() for part in parts] == [[[False], [True]], [[False, False, True]]]
+    assert num_tokens == 2 and not pack(task, ["12"], [[]], "cpu")[0][0].mask.any()
 
 
-def test_answers_that_are_empty_or_end_at_once():
-    batch = pack([[1, 2], [3], [4, 4, 4]], [[], [9], [5]], "cpu")
-    assert batch.mask.tolist() == [[False, False, False], [True, False, False], [False, False, True]]
-    assert pack([[1, 2]], [[]], "cpu").mask.tolist() == [[False]]
+def gradients(take_step, config, task, student, teacher):
+    student.zero_grad()
+    problems = task.problems(8, random.Random(0))
+    generator = torch.Generator().manual_seed(0)
+    parts, entry = take_step(config, task, student, teacher, problems, generator)
+    return [p.grad for p in student.parameters()], parts, entry
 
 
-def test_a_teacher_equal_to_the_student_teaches_nothing(toy):
+@pytest.mark.parametrize("method, loss", [
+    ("rl", ""), ("sft", ""), *(("opd", loss) for loss in ("full", "top_k", "sampled", "sequence"))])
+def test_micro_batches_give_the_whole_batchs_gradient(method, loss, toy, monkeypatch):
+    config, *models = toy
+    monkeypatch.setattr(Chains, "is_correct", lambda self, problem, answer: len(answer) % 2 == 0)
+    config = replace(config, loss=loss, group_size=4)
+    whole, _, entry = gradients(train.STEPS[method], config, *models)
+    config = replace(config, micro_batch_size=3)
+    pieces, parts, other_entry = gradients(train.STEPS[method], config, *models)
+    assert len(parts) > 2 and max(g.abs().max() for g in whole) > 1e-3
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-4)
+    assert {k: float(v) for k, v in other_entry.items()} == pytest.approx(
+        {k: float(v) for k, v in entry.items()}, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "sequence", "top_k"])
+def test_a_teacher_equal_to_the_student_teaches_nothing(loss, toy):
+    config, task, student, _ = toy
+    found, _, entry = gradients(train.opd_step, replace(config, loss=loss), task, student,
+                                copy.deepcopy(student))
+    assert abs(entry["kl"]) < 1e-6 and max(g.abs().max() for g in found) < 1e-6
+
+
+# Scores.
+
+def kl_by_hand(task, student, teacher, problems, answers):
+    """Mean over answer tokens of Σ π (log π - log π*), one answer at a time."""
+    total = 0.0
+    for problem, answer in zip(problems, answers):
+        ids = torch.tensor([task.encode(problem) + answer])
+        logits = [model(ids)[0, -len(answer) - 1:-1].double() for model in (student, teacher)]
+        p, q = (F.softmax(z, -1) for z in logits)
+        total += (p * (p / q).log()).sum().item()
+    return total / sum(map(len, answers))
+
+
+def test_scores_are_what_they_say_and_count_their_tokens(toy, monkeypatch):
+    _, task, student, teacher = toy
+    monkeypatch.setattr(Chains, "is_correct", lambda self, problem, answer: problem[0] in answer)
+    problems = task.problems(12, random.Random(1))
+    generator = torch.Generator().manual_seed(7)
+    rollout = student.generate([task.encode(p) for p in problems], task.max_response, 1.0,
+                               generator, task.end)
+    answers = [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask)]
+    tokens, parts = sum(map(len, answers)), pack(task, problems, answers, "cpu", 5)[0]
+    right = [problem[0] in task.decode(answer) for problem, answer in zip(problems, answers)]
+    kl = kl_by_hand(task, student, teacher, problems, answers)
+    assert 0 < sum(right) < 12 and kl > 0.1
+
+    for name, expected, sampled in [("accuracy", fmean(right), tokens), ("rollout_kl", -kl, tokens),
+                                    ("batch_kl", -kl, 0)]:
+        for part in parts:
+            part.target = teacher(part.inputs)
+        judge = Judge(train.SCORES[name], task, teacher, problems, parts, tokens)
+        if name == "batch_kl":
+            monkeypatch.setattr(GPT, "generate", lambda *_: pytest.fail("nothing is generated"))
+        with undisturbed(student, seed=7):
+            assert judge(student) == pytest.approx(expected, abs=1e-5)
+            assert (judge.sampled, judge.scored) == (sampled, tokens - sampled)
+            if name != "accuracy":
+                assert judge(teacher) == pytest.approx(0, abs=1e-5)
+
+
+def test_candidates_share_their_random_numbers_over_all_of_d_v(toy, monkeypatch):
+    """D_v of three rollout batches; to the first, one candidate gives answers of a single token."""
+    config, _, student, teacher = toy
+    task = Chains(replace(config, rollout_batch_size=4))
+    other, generate, seen = copy.deepcopy(student), GPT.generate, []
+    problems = task.problems(12, random.Random(1))
+    monkeypatch.setattr(train, "rewards_of", lambda t, p, answers: seen.append(answers) or [0.0])
+
+    def shorter_at_first(prompts, n, temperature, generator, eos):
+        first = prompts == [task.encode(problem) for problem in problems[:4]]
+        return generate(other, prompts, n, temperature, generator, range(17) if first else eos)
+
+    other.generate = shorter_at_first
+    for score in (train.accuracy, train.rollout_kl):
+        seen.clear()
+        judge = Judge(score, task, teacher, problems, pack(task, ["1+1="], [[1]], "cpu")[0])
+        for model in (student, other):
+            with undisturbed(model, seed=5):
+                judge(model)
+        assert seen[0][:4] != seen[1][:4] and seen[0][4:] == seen[1][4:]
+    one_stream = [train.sample_answers(model, task, problems, torch.Generator().manual_seed(5))
+                  for model in (student, other)]              # common in the first batch alone
+    assert one_stream[0][4:] != one_stream[1][4:]
+
+
+def test_the_temperature_is_one_scalar_on_the_logits(toy):
     _, task, student, _ = toy
-    for answers in ([[5], [6]], [[5, 6, 7, task.end], [task.end]]):
-        batch = pack([task.encode("1+2="), task.encode("3*4-5=")], answers, "cpu")
-        logits = student(batch.ids[:, :-1])
-        position_kl = [reverse_kl(logits, logits, batch.mask & (torch.arange(batch.mask.shape[1]) == t)).item()
-                       for t in range(batch.mask.shape[1])]
-        assert max(map(abs, position_kl)) < 1e-6
+    problems, state = task.problems(20, random.Random(1)), torch.get_rng_state()
+    colder = copy.deepcopy(student)
+    with torch.no_grad():
+        colder.lm_head.weight.mul_(4)
+    expected = evaluate(colder, task, problems, seed=3)
+    assert evaluate(student, task, problems, seed=3, temperature=0.25) == expected
+    assert evaluate(student, task, problems, seed=3) != expected
+    assert torch.equal(torch.get_rng_state(), state)          # and the global random state is kept
 
 
-# Base, teacher, scores.
-
-def test_base_and_teacher_are_made_once(tmp_path, monkeypatch):
-    config = Config(**TOY, cache_dir=str(tmp_path))
-    task = Chains(2, 1)
-    student, teacher = load_models(config, task)
-    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
-    assert all(p.requires_grad for p in student.parameters()) and not any(p.requires_grad for p in teacher.parameters())
-    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
-    again, _ = load_models(config, task)
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters()))
-    (home,) = tmp_path.iterdir()                              # and no scratch directory is left
-    assert sorted(p.name for p in home.iterdir()) == ["base", "recipe.json", "teacher"]
-    with pytest.raises(pytest.fail.Exception):
-        load_models(dataclasses.replace(config, slip=0.3), task)
-
-
-def test_an_interrupted_first_use_leaves_nothing_that_is_taken_for_a_model(tmp_path, monkeypatch):
-    config, task, calls = Config(**TOY, cache_dir=str(tmp_path)), Chains(2, 1), []
-    real = train.fit
-
-    def killed_in_the_second(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(train, "fit", killed_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        load_models(config, task)
-    load_models(config, task)                                 # trains again from the start
-    assert len(calls) == 4
-
-
-def test_gap_skill_takes_the_base_from_the_teachers_own_run(tmp_path):
-    """Base and teacher are two moments of one clean run: stopping that run early gives the same base."""
-    task = Chains(2, 1)
-    weights = []
-    for base_steps, teacher_steps in ((3, 3), (5, 1)):
-        config = Config(**TOY | dict(base_steps=base_steps, teacher_steps=teacher_steps), gap="skill", slip=0.9,
-                        cache_dir=str(tmp_path / str(base_steps)))
-        base, teacher = load_models(config, task)
-        weights.append((base.lm_head.weight, teacher.lm_head.weight))
-    assert torch.equal(weights[0][1], weights[1][1])          # the same run
-    assert not torch.equal(weights[0][0], weights[1][0]) and not torch.equal(weights[0][0], weights[0][1])
-
-
-def test_scores(toy, monkeypatch):
-    config, task, student, teacher = toy
-    problems = task.problems(5, random.Random(1))
-    accuracy = Score(config, task, teacher, problems)
-    torch.manual_seed(0)
-    value = accuracy(student)
-    torch.manual_seed(0)
-    answers = train.answer(student, task, problems)
-    assert value == train.accuracy(task, problems, answers) and accuracy.tokens == sum(map(len, answers))
-
-    rollout_kl = Score(dataclasses.replace(config, score="rollout_kl"), task, teacher, problems)
-    torch.manual_seed(0)
-    value = rollout_kl(student)
-    batch = pack([task.encode(p) for p in problems], answers, "cpu")
-    expected = -reverse_kl(student(batch.ids[:, :-1]), teacher(batch.ids[:, :-1]), batch.mask).item()
-    assert value == pytest.approx(expected, abs=1e-6) and rollout_kl.tokens == sum(map(len, answers))
-    assert rollout_kl(teacher) == pytest.approx(0, abs=1e-6)
-
-    batch_kl = Score(dataclasses.replace(config, score="batch_kl"), task, teacher, problems)
-    batch_kl.last_batch = batch, [train.states(teacher, batch)]
-    monkeypatch.setattr(GPT, "generate", lambda *a, **k: pytest.fail("batch_kl needs no generation"))
-    assert batch_kl(student) == pytest.approx(expected, abs=1e-6) and batch_kl.tokens == int(batch.mask.sum())
+def test_the_control_takes_the_best_temperature(monkeypatch):
+    accuracies = {1.0: 0.3, 0.8: 0.4, 0.6: 0.5, 0.4: 0.5, 0.2: 0.45, 0.0: 0.35}
+    monkeypatch.setattr(train, "evaluate", lambda model, task, problems, temperature=1.0:
+                        (accuracies[temperature] + (model == "teacher"), []))
+    assert train.control(None, "student", "teacher", []) == {
+        "student": 0.3, "greedy": 0.35, "best_temperature": 0.6,
+        "student_at_best_temperature": 0.5, "teacher": 1.3}
 
 
 # The loop.
 
-def test_a_search_that_accepts_nothing_is_plain_opd_bit_for_bit(toy, tmp_path, monkeypatch):
+def test_muon_moves_the_matrices_of_the_blocks_as_far_as_adamw_would(toy):
+    config, _, student, _ = toy
+    muon, adamw = train.make_optimizers(replace(config, optimizer="muon", lr=1.0), student)
+    names = {id(p): name for name, p in student.named_parameters()}
+    hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert hidden | rest == set(names.values()) and not hidden & rest
+    assert len(hidden) == 7 and all(".layers.0." in name and "norm" not in name for name in hidden)
+    before = dict(zip(names.values(), weights_of(student)))
+    for p in student.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    for name, p in student.named_parameters():
+        rms = (p - before[name]).square().mean().sqrt().item()
+        assert rms == pytest.approx(0.2 if name in hidden else 0.0, rel=0.25)    # torch: 0.2 lr
+    (only,) = train.make_optimizers(config, student)
+    assert len(only.param_groups[0]["params"]) == len(names) and only.defaults["weight_decay"] == 0
+
+
+def test_a_search_that_accepts_nothing_is_plain_opd_bit_for_bit(toy, tmp_path):
     config, task, student, teacher = toy
-    optimizers, ends = [], {}
-    adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
-    real = Score.__call__
-    monkeypatch.setattr(Score, "__call__", lambda self, model: real(self, model) * 0)      # works, likes nothing
+    ends, logs = [], []
     for method in ("opd", "effopd"):
+        mine = copy.deepcopy(student)
         torch.manual_seed(0)
-        mine = GPT(student.config)
-        own = dataclasses.replace(config, method=method, score="rollout_kl", search_every=3)
-        distil(own, task, mine, teacher, tmp_path / method, method)
-        moments = [v for s in optimizers[-1].state_dict()["state"].values() for v in s.values()]
-        ends[method] = [*mine.parameters(), *moments, torch.get_rng_state()]
-    assert all(torch.equal(a, b) for a, b in zip(ends["opd"], ends["effopd"], strict=True))
-    logs = [[{k: v for k, v in line.items() if k not in ("seconds", "validation_tokens")}
-             for line in read_lines(tmp_path / method / "log.jsonl")] for method in ("opd", "effopd")]
-    assert logs[0] == logs[1] and len(logs[0]) == config.steps
+        own = replace(config, method=method, score="rollout_kl", search_every=3, move_lr=True,
+                      optimizer="muon", steps=6)
+        summary = run(own, task, mine, teacher, tmp_path / method, accept=lambda new, old: False)
+        ends.append([*weights_of(mine), torch.get_rng_state()])
+        lines = read_lines(tmp_path / method / "log.jsonl")
+        logs.append([[line[key] for key in ("loss", "kl", "grad_norm", "lr")] for line in lines])
+    assert equal(*ends) and logs[0] == logs[1] and len(logs[0]) == 6
     searches = read_lines(tmp_path / "effopd" / "search.jsonl")
-    assert [s["step"] for s in searches] == [1, 2, 3, 4]
-    assert all(s["accepted"] == 0 and s["tokens"] > 0 for s in searches)
+    assert [s["step"] for s in searches] == [1, 2, 3, 4, 6] == [
+        s["step"] for s in summary["searches"]]
+    assert all(s["multiple"] == 0 and len(s["scores"]) == 2 for s in searches)
+    assert summary["tokens"] > json.loads((tmp_path / "opd/summary.json").read_text())["tokens"]
 
 
 @pytest.mark.parametrize("loss", ["full", "sampled", "sequence", "top_k"])
 def test_every_loss_brings_the_student_to_the_teacher(loss, toy, tmp_path):
-    config, task, student, teacher = toy
-    with torch.no_grad():                                     # a teacher that says one thing, clearly
-        teacher.lm_head.weight.mul_(3)
-    own = dataclasses.replace(config, method="opd", loss=loss, steps=40, eval_every=40, batch_size=256, lr=1e-2)
-    distil(own, task, student, teacher, tmp_path / "run", loss)
+    config, *models = toy
+    own = replace(config, method="opd", loss=loss, top_k=8, steps=40, eval_every=40, batch_size=64)
+    run(own, *models, tmp_path / "run")
     log = read_lines(tmp_path / "run" / "log.jsonl")
-    tokens = [b["student_tokens"] - a["student_tokens"] for a, b in zip([{"student_tokens": 0}, *log], log)]
-    # Per answer, not per token: the sequence gradient also lowers the sum by ending sooner, and the mean may rise.
-    kl = [line["kl"] * n if loss == "sequence" else line["kl"] for line, n in zip(log, tokens)]
-    assert sum(kl[-5:]) < 0.5 * sum(kl[:5])
-
-
-def test_rl_compares_answers_to_one_prompt_and_sft_asks_the_teacher(toy, tmp_path, monkeypatch):
-    config, task, student, teacher = toy
-    asked, real = [], train.answer
-    monkeypatch.setattr(train, "answer", lambda m, t, p, g=None: asked.append((m, p)) or real(m, t, p, g))
-    for method, size, model in (("rl", 3, student), ("sft", 1, teacher), ("opd", 1, student)):
-        asked.clear()
-        own = dataclasses.replace(config, method=method, group_size=3, steps=1)
-        distil(own, task, student, teacher, tmp_path / method, method)
-        (rollouts,) = [(m, p) for m, p in asked if len(p) == config.batch_size]
-        assert rollouts[0] is model
-        groups = [rollouts[1][i:i + size] for i in range(0, 6, size)]
-        assert all(len(set(group)) == 1 for group in groups) and len(set(map(tuple, groups))) == 6 // size
+    before = [0] + [line["sampled"] for line in log]
+    # Per answer, not per token: the sequence's gradient also ends answers sooner.
+    kl = [line["kl"] * (line["sampled"] - n) for line, n in zip(log, before)]
+    assert sum(kl[-5:]) < 0.6 * sum(kl[:5])
 
 
 @pytest.mark.parametrize("method", ["rl", "sft"])
-def test_rl_is_rewarded_more_and_sft_comes_nearer_to_the_teacher(method, toy, tmp_path, monkeypatch):
+def test_rl_is_rewarded_more_and_sft_comes_nearer(method, toy, tmp_path, monkeypatch):
     config, task, student, teacher = toy
-    monkeypatch.setattr(Chains, "is_correct", lambda self, problem, answer: answer.startswith("7"))  # easily learnt
-    with torch.no_grad():
-        teacher.lm_head.weight.mul_(3)
-    own = dataclasses.replace(config, method=method, steps=30, eval_every=30, batch_size=64, group_size=16, lr=1e-2)
-    distil(own, task, student, teacher, tmp_path / "run", method)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    mean = lambda key, lines: sum(line[key] for line in lines) / len(lines)
-    if method == "rl":
-        assert mean("reward", log[-5:]) > mean("reward", log[:5]) + 0.3
+    asked, sample = [], train.sample_answers
+    monkeypatch.setattr(Chains, "is_correct", lambda self, problem, answer: answer[:1] == "7")
+    monkeypatch.setattr(train, "sample_answers", lambda *args: asked.append(args) or sample(*args))
+    own = replace(config, method=method, steps=30, eval_every=30, batch_size=64, group_size=16)
+    run(own, task, student, teacher, tmp_path / "run")
+    log = read_lines(tmp_path / "run" / "log.jsonl")
+    rollouts = [args for args in asked if len(args[2]) == 64]
+    groups = {len(set(args[2][:16])) for args in rollouts}
+    assert len(rollouts) == 30 and {id(args[0]) for args in rollouts} == {
+        id(student if method == "rl" else teacher)}
+    if method == "rl":                                        # sixteen answers to each prompt
+        assert groups == {1} and all(len(set(args[2])) > 1 for args in rollouts)
+        assert log[-1]["reward"] > log[0]["reward"] + 0.3
     else:
-        assert mean("loss", log[-5:]) < mean("loss", log[:5]) - 0.1
+        assert 1 not in groups and log[-1]["loss"] < log[0]["loss"] - 0.1
 
 
-def test_searches_log_utility_and_alignment_and_the_gates_act(toy, tmp_path):
+def test_checkpoints_are_from_before_the_jump(toy, tmp_path):
     config, task, student, teacher = toy
-    for name, settings in (("off", {}), ("utility", dict(utility_gate=True)), ("alignment", dict(alignment_gate=1.0))):
-        torch.manual_seed(0)
-        own = dataclasses.replace(config, method="effopd", score="batch_kl", **settings)
-        distil(own, task, GPT(student.config), teacher, tmp_path / name, "toy")
-    read = lambda name: [json.loads(line) for line in (tmp_path / name / "search.jsonl").read_text().splitlines()]
-    first, second = read("off")[:2]
-    assert len(first["utility"]) == 7 and any(first["utility"].values())         # the gradients were still there
-    assert first["alignment"] is None and -1 <= second["alignment"] <= 1
-    assert [r["stopped"] == "alignment below the gate" for r in read("alignment")] == [False, True, True]
-    assert [r["step"] for r in read("utility")] == [1, 2, 4]
+    own = replace(config, method="effopd", score="batch_kl", candidates="doubling", lr=1e-3)
+    run(own, task, student, teacher, tmp_path / "run")
+    run(replace(own, checkpoints=False), *copy.deepcopy((task, student, teacher)), tmp_path / "few")
+    assert [path.name for path in (tmp_path / "few" / "checkpoints").iterdir()] == ["final"]
+    home = tmp_path / "run" / "checkpoints"
+    names = [f"step_00000{i}" for i in (0, 1, 2, 4)]
+    assert sorted(path.name for path in home.iterdir()) == ["final", *names]
+    start, after = (dict(GPT.from_pretrained(home / name).named_parameters()) for name in names[:2])
+    delta = sum((after[name] - p).square().sum() for name, p in start.items() if ".layers." in name
+                and p.ndim == 2).sqrt().item()
+    search = read_lines(tmp_path / "run" / "search.jsonl")[0]
+    assert search["multiple"] > 0 and delta == pytest.approx(search["delta_norm"], rel=1e-4)
+    assert len(search["utility"]) == 7 and any(search["utility"].values())    # gradients were there
+    assert equal(GPT.from_pretrained(home / "final").parameters(), student.parameters())
 
 
-def test_checkpoints_are_from_before_the_jump_and_load_in_transformers(toy, tmp_path):
-    config, task, student, teacher = toy
-    own = dataclasses.replace(config, method="effopd", score="batch_kl", candidates="doubling", lr=1e-3)
-    start = student.lm_head.weight.detach().clone()
-    distil(own, task, student, teacher, tmp_path / "run", "toy")
-    folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["final", *(f"step_00000{i}" for i in (0, 1, 2, 4))]
-    assert torch.equal(GPT.from_pretrained(folder / "step_000000").lm_head.weight, start)
-    first = read_lines(tmp_path / "run" / "search.jsonl")[0]
-    assert first["accepted"] > 0
-    base, after = (GPT.from_pretrained(folder / f"step_00000{i}") for i in (0, 1))
-    delta = sum((a - b).square().sum() for (name, a), b in zip(after.named_parameters(), base.parameters())
-                if "attn" in name or "mlp" in name).sqrt()
-    assert delta.item() == pytest.approx(first["delta_norm"], rel=1e-4)                  # Δ alone, no jump in it
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "final")
-    ids = torch.tensor([task.encode("1+2=")])
-    torch.testing.assert_close(theirs(ids).logits, student(ids), atol=1e-4, rtol=0)
-
-
-def test_evaluation_repeats_itself_and_takes_nothing_from_the_global_random_state(toy):
-    _, task, student, _ = toy
-    problems, state = task.problems(12, random.Random(0)), torch.get_rng_state()
-    assert evaluate(student, task, problems) == evaluate(student, task, problems)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_evaluations_of_two_models_share_their_random_numbers(toy, monkeypatch):
-    """Also after the first 500 problems, however many numbers the answers to those took."""
-    _, task, student, _ = toy
-    problems = task.problems(510, random.Random(0))
-    _, answers = evaluate(student, task, problems)
-    real = train.answer
-
-    def first_chunk_takes_more(model, task, problems, generator):
-        if len(problems) == 500:
-            torch.rand(99, generator=generator)
-        return real(model, task, problems, generator)
-
-    monkeypatch.setattr(train, "answer", first_chunk_takes_more)
-    _, others = evaluate(student, task, problems)
-    assert others[500:] == answers[500:] and others[:500] != answers[:500]
-
-
-def test_the_final_accuracy_is_of_trained_models_only(toy, tmp_path, monkeypatch):
-    config, task, student, teacher = toy
-    values = iter([0.1, 0.9])
-    monkeypatch.setattr(train, "evaluate", lambda m, t, problems: (next(values), [[1]] * len(problems)))
-    own = dataclasses.replace(config, method="opd", eval_every=100)
-    summary = distil(own, task, student, teacher, tmp_path / "run")
-    assert summary["final_accuracy"] == 0.9 and len(summary["curve"]) == 2
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(toy, tmp_path):
-    config, task, student, teacher = toy
-    with torch.no_grad():
-        teacher.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="step 1: the loss is nan.*step_000000.*Try a lower --lr"):
-        distil(dataclasses.replace(config, method="opd"), task, student, teacher, tmp_path / "run")
-
-
-def test_settings_reach_the_search(toy, tmp_path, monkeypatch):
-    config, task, student, teacher = toy
+def test_settings_reach_the_search(toy):
     given = {}
-    monkeypatch.setattr(train, "EffOPD", lambda model, score, **settings: given.update(settings) or sys.exit())
-    settings = dict(accept="ge", candidates="doubling", num_candidates=3, scope="all", first_trigger=4, seed=11,
-                    direction="top", utility_gate=True, alignment_gate=0.5)
-    own = dataclasses.replace(config, method="effopd", search_every=7, reset_moments=True, **settings)
-    with pytest.raises(SystemExit):
-        distil(own, task, student, teacher, tmp_path / "run")
-    assert isinstance(given.pop("optimizer"), torch.optim.AdamW)
-    assert given == settings | dict(every=7, offload=False)
+    settings = dict(accept="ge", candidates="doubling", num_candidates=3, scope="all", seed=11,
+                    first_trigger=4, move_lr=True, utility_gate=True, alignment_gate=0.5)
+    config = replace(toy[0], method="effopd", search_every=7, **settings)
+    train.make_effopd(config, None, None, ["optimizer"], direction=abs, accept=max,
+                      cls=lambda student, judge, **options: given.update(options))
+    assert given == settings | dict(every=7, optimizer=["optimizer"], direction=abs, accept=max)
+    assert train.make_effopd(replace(config, method="opd"), None, None, []) is None
+    assert isinstance(train.make_effopd(replace(toy[0], method="effopd"), toy[2], None, []), EffOPD)
 
+
+@pytest.mark.parametrize("where, words", [("loss", "step 3: the loss is nan"),
+                                          ("gradient", "the gradient's norm nan")])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(where, words, toy, tmp_path):
+    config, task, student, teacher = toy
+    config, calls, before = replace(config, method="opd"), [], []
+
+    def step(*args):
+        parts, entry = train.opd_step(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            before.extend(weights_of(student))
+            student.lm_head.weight.grad[0, 0] = math.nan if where == "gradient" else 0.0
+            entry["loss"] = entry["loss"] * (math.nan if where == "loss" else 1.0)
+        return parts, entry
+
+    with pytest.raises(ValueError, match=words):
+        run(config, task, student, teacher, tmp_path / "run", steps={"opd": step})
+    assert equal(before, student.parameters())
+    assert len(read_lines(tmp_path / "run" / "log.jsonl")) == 2
+
+
+def test_the_final_accuracy_is_that_of_the_last_three_evaluations(toy, tmp_path, monkeypatch):
+    config, *models = toy
+    values = iter([0.1, 0.9, 0.2, 0.3, 0.7])
+    monkeypatch.setattr(train, "evaluate", lambda m, t, problems: (next(values), [[1]] * 20))
+    summary = run(replace(config, method="opd", eval_every=1), *models, tmp_path / "run")
+    assert summary["final_accuracy"] == pytest.approx(0.4)
+    assert [point["accuracy"] for point in summary["curve"]] == [0.1, 0.9, 0.2, 0.3, 0.7]
+
+
+# Base and teacher.
+
+def test_base_and_teacher_are_made_once_for_what_makes_them(tmp_path, monkeypatch):
+    config = Config(**TOY, cache_dir=str(tmp_path))
+    _, student, teacher, control = train.load(config)
+    assert not equal(student.parameters(), teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    (home,) = tmp_path.iterdir()                              # and no scratch directory is left
+    assert sorted(path.name for path in home.iterdir()) == ["base", "control.json", "teacher"]
+    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("made again"))
+    same = dict(seed=5, lr=1.0, method="opd", steps=9, batch_size=3, dv_size=5, loss="sampled")
+    _, again, _, known = train.load(replace(config, **same))
+    assert equal(again.parameters(), student.parameters()) and known == control
+    for setting in (dict(gap="slip"), dict(num_ops=2), dict(digits=2), dict(hidden_size=32),
+                    dict(num_hidden_layers=2), dict(base_steps=31), dict(teacher_steps=31),
+                    dict(base_lr=1e-3), dict(teacher_lr=3e-3), dict(eval_size=21)):
+        with pytest.raises(pytest.fail.Exception):
+            train.load(replace(config, **setting))
+    monkeypatch.setattr(Chains, "solve", lambda self, problem, **how: "#1")    # other rules
+    with pytest.raises(pytest.fail.Exception):
+        train.load(config)
+
+
+def test_the_base_of_gap_skill_is_an_early_moment_of_the_teachers_training(tmp_path):
+    models = []
+    for base_steps, teacher_steps in ((9, 9), (15, 3)):
+        settings = TOY | dict(base_steps=base_steps, teacher_steps=teacher_steps, gap="skill")
+        models.append(train.load(Config(**settings, cache_dir=str(tmp_path)))[1:3])
+    (base, teacher), (later, same_teacher) = models
+    assert equal(teacher.parameters(), same_teacher.parameters())
+    assert not equal(base.parameters(), later.parameters())
+    assert not equal(base.parameters(), teacher.parameters())
+
+
+def test_two_processes_and_a_kill_leave_one_whole_cache(tmp_path, cache_dir):
+    def child(dies):
+        pid = os.fork()
+        if pid == 0:
+            torch.nn.utils.clip_grad_norm_ = dying if dies else torch.nn.utils.clip_grad_norm_
+            sys.stderr = open(os.devnull, "w")
+            try:
+                train.load(config)
+            finally:
+                os._exit(sys.exc_info()[0] is not None)
+        return pid
+
+    def dying(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    config = Config(**TOY, cache_dir=str(tmp_path))
+    killed = child(dies=True)
+    assert os.waitpid(killed, 0)[1] == signal.SIGKILL
+    assert all(path.name.startswith("unfinished") for path in tmp_path.iterdir())
+    assert [os.waitpid(pid, 0)[1] for pid in [child(False), child(False)]] == [0, 0]
+    (home,) = [path for path in tmp_path.iterdir() if not path.name.startswith("unfinished")]
+    _, _, reference, _ = train.load(Config(**TOY, cache_dir=str(cache_dir)))
+    assert equal(reference.parameters(), GPT.from_pretrained(home / "teacher").parameters())
+
+
+# The race and the command line.
 
 def a_run(final, *points):
     keys = ("step", "accuracy", "tokens", "seconds")
-    return dict(final_accuracy=final, searches=[], examples=[], curve=[dict(zip(keys, p)) for p in points])
+    curve = [dict(zip(keys, point)) for point in points]
+    return dict(final_accuracy=final, searches=[], examples=[], curve=curve)
 
 
-def test_speed_ups_by_hand():
-    result = compare({"OPD": a_run(0.7, (0, 0.4, 0, 0.0), (8, 0.6, 800, 4.0), (16, 0.71, 1600, 8.0)),
-                      "fast": a_run(0.9, (0, 0.9, 0, 0.0), (4, 0.7, 800, 2.5), (8, 0.9, 1600, 5.0)),
-                      "slow": a_run(0.5, (0, 0.4, 0, 0.0), (16, 0.5, 3200, 9.0))})
-    methods = result["methods"]
-    assert result["target"] == 0.7 and methods["OPD"]["speed_up"] == dict(step=1, tokens=1, seconds=1)
-    assert methods["fast"]["speed_up"] == dict(step=4, tokens=2, seconds=3.2)            # and not at step 0
+def test_speed_ups_by_hand(capsys):
+    summary = train.compare({
+        "OPD": a_run(0.7, (0, 0.4, 0, 0.0), (8, 0.6, 800, 4.0), (16, 0.71, 1600, 8.0)),
+        "fast": a_run(0.9, (0, 0.9, 0, 0.0), (4, 0.7, 800, 2.5), (8, 0.9, 1600, 5.0)),
+        "slow": a_run(0.5, (0, 0.4, 0, 0.0), (16, 0.5, 3200, 9.0))})
+    methods = summary["methods"]
+    assert summary["target"] == 0.7
+    assert methods["OPD"]["speed_up"] == dict(step=1, tokens=1, seconds=1)
+    assert methods["fast"]["speed_up"] == dict(step=4, tokens=2, seconds=3.2)    # not at step 0
     assert methods["slow"]["reached"] is None and methods["slow"]["speed_up"] is None
-
-
-def test_a_flat_curve_reaches_its_own_mean(capsys):
-    """Σ/3 of three equal numbers can exceed the number."""
-    for k in range(1001):
-        flat = a_run(train.fmean([k / 1000] * 3), *((step, k / 1000, step, step) for step in range(4)))
-        result = compare({"OPD": flat, "slow": a_run(0.0, (0, 0, 0, 0), (1, -1, 1, 1))})
-        assert result["methods"]["OPD"]["reached"]["step"] == 1
-    train.print_race(result)
+    train.print_race(summary)
     assert "did not reach it" in capsys.readouterr().out
+    for k in range(1001):                                     # Σ/3 of equal numbers may exceed them
+        flat = a_run(fmean([k / 1000] * 3), *((step, k / 1000, step, step) for step in range(4)))
+        assert train.compare({"OPD": flat})["methods"]["OPD"]["reached"]["step"] == 1
 
 
-# The command line.
-
-def test_the_race_from_the_command_line(tmp_path, monkeypatch):
-    """The real thing, once, at toy size: a new directory, all its files, and a second run beside the first."""
-    command = [sys.executable, str(ROOT / "train.py"), *as_args(TOY | dict(num_ops=1, eval_every=1))]
+def test_the_race_from_the_command_line(tmp_path, cache_dir):
+    """The real command, once: its directory, its files, its words."""
+    command = [sys.executable, train.__file__, *arguments(TOY | dict(eval_every=1)),
+               "--cache_dir", str(cache_dir)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "speed-up" in done.stdout and "race.png" in done.stdout and "before" in done.stdout
-    race = tmp_path / "runs" / "race"
-    assert (race / "race.png").stat().st_size > 10_000
+    assert all(words in done.stdout for words in ("times fewer steps", "race.png", "before"))
+    race, starts = tmp_path / "runs" / "race", set()
+    assert (race / "race.png").read_bytes()[:4] == b"\x89PNG"
     summary = json.loads((race / "summary.json").read_text())
-    assert list(summary["methods"]) == ["OPD", "EffOPD, paper", "EffOPD, batch KL"]
-    firsts = []
-    for directory in ("opd", "effopd", "effopd-batch-kl"):
-        lines = read_lines(race / directory / "log.jsonl")
-        assert [line["step"] for line in lines] == [1, 2, 3, 4]
-        assert {"loss", "kl", "grad_norm", "lr", "student_tokens", "validation_tokens", "seconds",
-                "accuracy"} <= set(lines[0])
-        assert json.loads((race / directory / "config.json").read_text())["versions"]["torch"] == torch.__version__
-        own = json.loads((race / directory / "summary.json").read_text())
-        last = lines[-1]
-        assert own["curve"][-1]["tokens"] == last["student_tokens"] + last["validation_tokens"] == own["tokens"]
-        assert (lines[-1]["validation_tokens"] > 0) == (directory != "opd")
-        firsts.append((lines[0]["kl"], lines[0]["student_tokens"], own["curve"][0]["accuracy"],
-                       (race / directory / "checkpoints" / "step_000000" / "model.safetensors").read_bytes()))
-    assert firsts[0] == firsts[1] == firsts[2]                # the same start and the same problems
-    settings = json.loads((race / "effopd-batch-kl" / "config.json").read_text())
-    assert (settings["score"], settings["candidates"], settings["num_candidates"]) == ("batch_kl", "doubling", 8)
-    assert "EffOPD" in done.stderr and "base" in done.stderr  # progress bars
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("base and teacher are in the cache"))
-    main([*command[2:], "--method", "opd", "--steps", "1"])
-    assert (tmp_path / "runs" / "opd").is_dir()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_the_race_on_a_gpu(tmp_path, capsys):
-    main(as_args(TOY | dict(device="cuda", cache_dir=tmp_path / "cache", out_dir=tmp_path / "race")))
-    assert "speed-up" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--lr", "abc"], "invalid float value: 'abc'"), (["--lr", "nan"], "--lr must be"), (["--lr", "inf"], "--lr must be"),
-    (["--method", "foo"], "'foo'"), (["--preset", "huge"], "huge"),
-    (["--steps", "0"], "--steps must be"), (["--batch_size", "0"], "--batch_size must be"),
-    (["--device", "abacus"], "--device must be"), (["--device", "cuda:99"], "CUDA GPUs"),
-    (["--student", "nowhere"], "no directory nowhere"), (["--teacher", "nowhere"], "no directory nowhere"),
-    (["--digits", "3"], "--digits must be"), (["--slip", "1"], "--slip is"), (["--search_every", "-1"], "--search_every"),
-    (["--hidden_size", "90"], "--hidden_size must be"), (["--num_ops", "1"], "at most a tenth"),
-    (["--score", "batch_kl"], "--method effopd"), (["--method", "opd", "--accept", "ge"], "no use for it"),
-    (["--method", "opd", "--group_size", "4"], "opd has no use"), (["--method", "sft", "--loss", "top_k"], "--loss is"),
-    (["--method", "rl", "--batch_size", "100"], "divide --batch_size (100)"), (["--nonsense", "1"], "--nonsense"),
-    (["--method", "rl", "--group_size", "1"], "--group_size must be"),
-    (["--method", "effopd", "--alignment_gate", "2"], "is a cosine"), (["--seed", "-1"], "--seed must be 0 or more"),
-    (["--gap", "skill", "--slip", "0.1"], "skill has no use"), (["--method", "opd", "--top_k", "8"], "--loss top_k"),
-])
-def test_bad_settings_end_in_one_line(args, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(args)
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code not in (0, None) and "\n" not in said and words in said
-
-
-def test_the_rehearsal_of_a_race_leaves_bad_numbers_to_its_runs(tmp_path, monkeypatch):
-    """Which report the step, or leave it out."""
-    def fail(*args):
-        raise FloatingPointError("the loss is nan")
-    monkeypatch.setattr(train, "backward", fail)
-    monkeypatch.setattr(train, "distil", lambda config, task, student, *args: pytest.skip("reached"))
-    model = GPT(GPTConfig(17, 16, 24, 1, 2))
-    with pytest.raises(pytest.skip.Exception, match="reached"):
-        train.race(Config(device="cpu"), train.Chains(2, 1), model, model, tmp_path)
-
-
-def test_the_gpu_preset_does_not_start_on_a_cpu_unasked(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        main(["--preset", "gpu"])
-    assert "no CUDA GPU" in capsys.readouterr().err
-
-
-def test_bad_directories_end_in_one_line(tmp_path, capsys):
-    """A directory that is taken, one that holds no model, one whose model has another vocabulary."""
-    GPT(GPTConfig(33, 16, 24, 1, 2)).save_pretrained(tmp_path / "other")
-    GPT(GPTConfig(17, 16, 24, 1, 2, max_position_embeddings=8)).save_pretrained(tmp_path / "short")
-    (tmp_path / "file").write_text("")
-    toy = as_args(TOY | dict(cache_dir=tmp_path / "cache", method="opd"))
-    for args, words in [(["--out_dir", str(tmp_path)], "exists already"),
-                        (["--student", str(tmp_path)], "no config.json"),
-                        (["--student", str(tmp_path / "other")], "33 tokens, the task 17"),
-                        (["--teacher", str(tmp_path / "short")], "too short"),
-                        (["--cache_dir", str(tmp_path / "file")], "File exists")]:
-        with pytest.raises(SystemExit) as stopped:
-            main([*toy, "--out_dir", str(tmp_path / "out"), *args])
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code not in (0, None) and words in said and said.startswith("train.py: ")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_students_own_checkpoint_is_a_student(tmp_path, monkeypatch):
-    GPT(GPTConfig(17, 16, 24, 1, 2)).save_pretrained(tmp_path / "mine")
-    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("both models were given"))
-    main([*as_args(TOY | dict(method="opd", student=tmp_path / "mine", teacher=tmp_path / "mine",
-                              out_dir=tmp_path / "out"))])
-    assert abs(read_lines(tmp_path / "out" / "log.jsonl")[0]["kl"]) < 1e-6
-
-
-def test_presets_are_defaults_that_options_overrule():
-    gpu = ["--preset", "gpu", "--device", "cpu"]
-    assert parse_config(gpu).num_hidden_layers == 8 and parse_config([]).num_hidden_layers == 3
-    assert parse_config([*gpu, "--num_hidden_layers", "4"]).num_hidden_layers == 4
-    assert parse_config(["--gap", "skill"]).base_steps < parse_config([]).base_steps
-    assert parse_config([*gpu, "--gap", "skill"]).base_steps < parse_config(gpu).base_steps
-    c = parse_config(gpu)
-    model = GPT(GPTConfig(17, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads))
-    assert 24e6 < sum(p.numel() for p in model.parameters()) < 27e6
+    assert list(summary["methods"]) == list(train.RACE) and 0 <= summary["control"]["teacher"] <= 1
+    for name, (directory, settings) in train.RACE.items():
+        home = race / directory
+        config = json.loads((home / "config.json").read_text())
+        assert {key: config[key] for key in settings} == settings
+        assert config["versions"]["torch"] == torch.__version__
+        log, own = read_lines(home / "log.jsonl"), json.loads((home / "summary.json").read_text())
+        assert [line["step"] for line in log] == [1, 2, 3, 4]
+        assert {"loss", "kl", "reward", "grad_norm", "lr", "seconds", "accuracy"} <= set(log[0])
+        assert own["curve"] == summary["methods"][name]["curve"] and len(own["curve"]) == 5
+        point, last = own["curve"][-1], log[-1]
+        assert point["tokens"] == last["tokens"] == last["sampled"] + last["scored"]
+        assert not (home / "state.pt").exists()
+        start = (home / "checkpoints/step_000000/model.safetensors").read_bytes()
+        starts.add((log[0]["kl"], own["curve"][0]["accuracy"], start))
+    assert len(starts) == 1                                   # one start, and the same problems
 
 
 def test_a_directory_is_claimed_once(tmp_path, monkeypatch):
@@ -513,12 +509,46 @@ def test_a_directory_is_claimed_once(tmp_path, monkeypatch):
     assert names == ["runs/race", "runs/race-2", "runs/race-3"]
 
 
-def test_help_names_every_setting(capsys):
+@pytest.mark.parametrize("words, said", [
+    ("--lr abc", "invalid float value: 'abc'"), ("--lr nan", "--lr must be"),
+    ("--lr inf", "--lr must be"), ("--lr 0", "--lr must be above 0"), ("--method foo", "'foo'"),
+    ("--gap foo", "'foo'"), ("--steps 0", "--steps must be"), ("--seed -1", "--seed must be 0 or"),
+    ("--seed 99999999999999999999", "--seed must be"), ("--device abacus", "--device must be"),
+    ("--device cuda:99", "CUDA GPUs"), ("--digits 3", "--digits must be"), ("--digits", "expected"),
+    ("--hidden_size 90", "--hidden_size must be"), ("--search_every -1", "--search_every must be"),
+    ("--method rl --batch_size 100", "divide --batch_size (100)"), ("--nonsense 1", "--nonsense"),
+    ("--method rl --group_size 1", "--group_size must be"), ("--step 3", "--step"),
+    ("--eval_size 31", "at most a tenth"), ("--task abacus", "--task must be chains or MODULE"),
+    ("--score luck", "--score must be accuracy, batch_kl, rollout_kl or MODULE:NAME"),
+    ("--score os:luck", "no attribute 'luck'"), ("--candidates my.search:f", "No module named"),
+    ("--out_dir .", "--out_dir . exists"), ("--cache_dir file", "File exists"),
+    ("--out_dir file/run", "Not a directory"), ("--resume nowhere", "nowhere/config.json"),
+    ("--resume nowhere --lr 1", "takes every setting from the run")])
+def test_bad_settings_end_in_one_line(words, said, tmp_path, monkeypatch, capsys, cache_dir):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    settings = [] if "--resume" in words else arguments(
+        TOY | dict(method="effopd", steps=1, cache_dir=cache_dir))
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    text = capsys.readouterr().out
+        train.main([*settings, *words.split()])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("train.py: ") and said in error
+
+
+def test_help_names_every_setting_also_where_a_terminal_has_only_ascii(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    terminal.flush()
+    text = terminal.buffer.getvalue().decode()
     assert stopped.value.code == 0
-    assert all(f"--{field.name}" in text and field.metadata["help"] for field in dataclasses.fields(Config))
-    with pytest.raises(SystemExit):
-        main(["--gap", "skill", "--help"])
-    assert "(default: 250)" in capsys.readouterr().out and "(default: 250)" not in text
+    for setting in dataclasses.fields(Config):
+        assert f"--{setting.name}" in text and setting.metadata["help"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_race_on_a_gpu(tmp_path, capsys):
+    settings = TOY | dict(device="cuda", cache_dir=tmp_path / "cache", out_dir=tmp_path / "race")
+    train.main(arguments(settings))
+    assert "times fewer steps" in capsys.readouterr().out
