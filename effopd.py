@@ -6,7 +6,7 @@ tokens, and the student takes a step on the reverse KL(π || π*) at the states 
 EffOPD ("Learning to Foresee", arXiv:2605.11739): the direction of such updates settles early, so
 look further along it. After optimiser steps 1, 2, 4, 8, ...
 
-    Δ = W_t - W_prev                     the update since the last search (since W_0 at the first)
+    Δ = W_t - W_prev                     the update since what the last search kept (W_0 at first)
     W_t + 2Δ, W_t + 4Δ, ..., W_t + 10Δ   candidates, each from W_t
     keep the last one before the score on a small validation set stops improving, else W_t
     W_prev = the weights that were kept  so that no Δ ever contains a jump
@@ -16,7 +16,7 @@ It works on any torch.nn.Module, in any training loop, and needs torch alone.
 Where the paper is silent or says two things, this is what we chose:
   - a tie is a failure (accept="gt"): the paper's formula has >=, its next sentence says "improve";
     its official code has >.
-  - the optimiser's state is kept after a jump, and the learning rate too (unless move_lr).
+  - a jump leaves the optimiser's state as it is, and the learning rate too, unless move_lr.
   - the attention and MLP matrices move; embeddings, norms and biases do not. The official code goes
     by names without looking at shapes, so that some of its norms and biases move too.
   - all candidates of one search are scored under the same random numbers, a new search has others.
@@ -152,7 +152,7 @@ def climb(score_at, improves, best, multiples) -> float:
     kept = 0
     for multiple in multiples:
         score = score_at(multiple)
-        if not improves(score, best):
+        if not (math.isfinite(score) and improves(score, best)):
             break
         kept, best = multiple, score
     return kept
@@ -172,6 +172,7 @@ def line_search(score_at, improves, last, num_candidates=8):
     """Doubling from half of what the last search kept; where that fails at once, the other way.
 
     The other way: shorter multiples down to 2, then back towards W_prev, -1/2, -3/4, -7/8, ...
+    After a search that kept 16: 8, 16, 32, ...; if 8 fails: 4, 2, then -1/2 (W_t - Δ/2), -3/4, ...
     """
     start = max(2, last / 2)
     doublings = [2 ** k for k in range(1, num_candidates + 1)]
@@ -184,7 +185,7 @@ def line_search(score_at, improves, last, num_candidates=8):
 
 
 SEARCHES = {"linear": linear_search, "doubling": doubling_search, "line": line_search}
-ACCEPT = {"gt": operator.gt, "ge": operator.ge}               # both False for NaN: never accepted
+ACCEPT = {"gt": operator.gt, "ge": operator.ge}               # False where W_t's own score is NaN
 SCOPES = {  # which matrices a jump moves: parts of their names in Llama, Qwen, GPT-2 and their like
     "attention+mlp": ("attn", "attention", "mlp", "ffn", "feed_forward"),
     "mlp": ("mlp", "ffn", "feed_forward"),
@@ -204,16 +205,17 @@ class EffOPD:
 
     validate: model -> float, higher is better; for example the accuracy on 50 problems. Called in
         evaluation mode, without gradients, under equal random states (Python's, NumPy's, torch's)
-        for all candidates of one search; torch.initial_seed() is the search's seed there. Modes,
-        buffers and random states are put back afterwards.
+        for all candidates of one search; torch.initial_seed() is the search's seed there, for
+        generators of its own. Modes, buffers and random states are put back afterwards.
     accept: "gt", a candidate must score higher than the last one kept; "ge", not lower; or a
         function (new, old) -> bool.
     candidates: "linear" (the paper's), "doubling" or "line", with num_candidates; or a function
         (score_at, improves, last) -> multiple, see the searches above.
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES), or "all" trainable parameters.
     first_trigger: searches at this step and its doublings. every: also at each multiple (0: off).
-    move_lr: a search that keeps multiple m multiplies the learning rate by 1 + m; needs `optimizer`
-        (one, or a list of them).
+    move_lr: a search that keeps multiple m, and so finds updates 1 + m times as long to be better,
+        multiplies the learning rate by 1 + m. Needs `optimizer`, one or a list. A scheduler that
+        computes the rate from its base_lrs undoes it (extras/trl_callback.py moves those too).
     direction: None, or a function from a tensor's Δ to another tensor to go along instead.
     utility_gate: a jump leaves out the parameters whose utility is not positive.
     alignment_gate: no search where Δ's subspace alignment with the last Δ is below this (None:
@@ -230,7 +232,7 @@ class EffOPD:
                  scope="attention+mlp", first_trigger=1, every=0, optimizer=None, move_lr=False,
                  direction=None, utility_gate=False, alignment_gate=None, seed=0):
         choose("scope", scope, [*SCOPES, "all"])
-        if min(num_candidates, first_trigger, every + 1) < 1:
+        if num_candidates < 1 or first_trigger < 1 or every < 0:
             raise ValueError("num_candidates and first_trigger must be 1 or more, every 0 or more")
         if move_lr and optimizer is None:
             raise ValueError("move_lr needs the optimizer whose learning rate it moves")
@@ -239,8 +241,8 @@ class EffOPD:
         self.search = candidates if callable(candidates) else functools.partial(
             SEARCHES[choose("candidates", candidates, SEARCHES)], num_candidates=num_candidates)
         self.first_trigger, self.every = first_trigger, every
-        several = isinstance(optimizer, (list, tuple))
-        self.optimizers = optimizer if several else [optimizer] if optimizer else []
+        optimizer = [] if optimizer is None else optimizer
+        self.optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.move_lr, self.direction = move_lr, direction
         self.utility_gate, self.alignment_gate = utility_gate, alignment_gate
         self.parameters = {name: p for name, p in model.named_parameters()       # a tied one once
@@ -265,7 +267,7 @@ class EffOPD:
         """Call after optimiser step t. Searches if t is a trigger and returns a record, else None.
 
         The record: step; multiples and scores in the order tried, W_t (multiple 0) first, None for
-        a score that is not finite, none at all where the alignment gate is closed; multiple, the
+        a score that is not finite, none at all where a gate leaves nothing to search; multiple, the
         one kept (the weights are now W_t + multiple * Δ); lr, the learning rate from now on (None
         without `optimizer`); delta_norm = ||Δ||_F; cosine and alignment of Δ with the last search's
         Δ, None at the first; utility of each parameter in scope, {} without gradients; seconds.
@@ -287,7 +289,7 @@ class EffOPD:
         gate = self.alignment_gate
         closed = gate is not None and self.delta is not None and (record["alignment"] or 0.0) < gate
 
-        tried, multiple = {}, 0
+        tried, kept = {}, 0
 
         def score_at(multiple):
             self.place(current, moved, multiple)                                 # W_t + mΔ
@@ -295,11 +297,11 @@ class EffOPD:
             return tried[multiple]
 
         try:
-            if not closed:
+            if moved and not closed:
                 last = self.history[-1]["multiple"] if self.history else 0
-                multiple = self.search(score_at, self.improves, last)
+                kept = self.search(score_at, self.improves, last)
         finally:                                              # W_t again if validate raised
-            self.place(current, moved, multiple)
+            self.place(current, moved, kept)
         for name, p in self.parameters.items():
             self.previous[name].copy_(p)                                         # W_prev = kept
         self.delta = delta
@@ -307,10 +309,10 @@ class EffOPD:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if self.move_lr:
             for group in groups:
-                group["lr"] *= 1 + multiple                                      # lr <- lr (1 + m)
+                group["lr"] *= 1 + kept                                          # lr <- lr (1 + m)
         scores = [score if math.isfinite(score) else None for score in tried.values()]
         lr = groups[0]["lr"] if groups else None
-        record |= {"step": t, "multiples": list(tried), "scores": scores, "multiple": multiple,
+        record |= {"step": t, "multiples": list(tried), "scores": scores, "multiple": kept,
                    "lr": lr, "seconds": time.perf_counter() - start}
         self.history.append(record)
         return record
@@ -438,18 +440,18 @@ def cosine(a: dict, b: dict) -> float:
 def mean_alignment(a: dict, b: dict, k=ALIGNMENT_K) -> float | None:
     """Low-rank subspace alignment of two updates: mean over matrices, left and right vectors.
 
-    `subspace_alignment` at k, by a randomised SVD (torch's random state) of several matrices of one
+    `subspace_alignment` at k, by a randomised SVD (torch's random state) of the s matrices of one
     shape at once, which costs little. None where no matrix moved in both.
     """
     values = []
     for names in same_shapes(a):
         stack = torch.stack([update[name].float() for update in (a, b) for name in names])
         rank = min(k, *stack.shape[1:])
-        U, _, V = torch.svd_lowrank(stack, min(2 * k, *stack.shape[1:]))         # (2n, m or n, 2k)
+        U, _, V = torch.svd_lowrank(stack, min(2 * k, *stack.shape[1:]))         # (2s, m or n, 2k)
         squared = 0.0
         for basis_a, basis_b in (U[..., :rank].chunk(2), V[..., :rank].chunk(2)):
-            squared += (basis_a.mT @ basis_b).square().sum((1, 2)) / rank        # (n,)
-        moved_a, moved_b = stack.flatten(1).any(1).chunk(2)                      # (n,)
+            squared += (basis_a.mT @ basis_b).square().sum((1, 2)) / rank        # (s,)
+        moved_a, moved_b = stack.flatten(1).any(1).chunk(2)                      # (s,)
         values.append(squared[moved_a & moved_b] / 2)
     values = torch.cat(values) if values else torch.zeros(0)
     return values.mean().item() if len(values) else None

@@ -124,7 +124,7 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)                                  # (B, G, T, D)
         if cache is not None:
             k, v = cache.extend(k, v)                                            # (B, G, N, D)
-        if T == 1:                                            # heads of one key are its queries
+        if T == 1:                                            # a key's H/G heads are its queries
             q = q.view(B, k.shape[1], -1, self.head_dim)                         # (B, G, H/G, D)
         # softmax(q kᵀ / sqrt(D)) v, where a token attends to itself and to what is before it
         if T == 1 and not x.is_cuda:                          # faster there than the fused kernel
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         self.precision = None                       # torch.bfloat16: computes in it
         self.tokens_in_use = config.vocab_size      # fewer where the head's last rows are padding
         self.source, self.hf_config = None, None    # from_pretrained's directory, and its config
-        self.decoders, self.low_precision = {}, []  # what `generate` keeps for its next call
+        self.decoders, self.low_precision = {}, []  # of `generate`; a list hides the submodule
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -233,7 +233,7 @@ class GPT(nn.Module):
         return self.lm_head.weight[:self.tokens_in_use]
 
     def forward(self, input_ids, attention_mask=None):
-        """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0 for padding.
+        """Logits (B, T, V) for input_ids (B, T). attention_mask (B, T): 1 for tokens, 0: padding.
 
         Rows padded on the right need no mask: attention is causal, and no token sees them.
         """
@@ -272,16 +272,23 @@ class GPT(nn.Module):
         noise = decoder.noise                                                    # (B, V)
         ask_every = 16 if noise.is_cuda else 1                # asking waits for the GPU
         for r in range(max_new_tokens):
-            noise.exponential_(generator=generator).log_() if temperature else noise.zero_()
-            decoder.start(ids, padding, temperature or 1.0) if r == 0 else decoder.next()
+            if temperature:
+                noise.exponential_(generator=generator).log_()
+            else:
+                noise.zero_()
+            if r == 0:
+                decoder.start(ids, padding, temperature or 1.0)
+            else:
+                decoder.next()
             if eos_token_id is not None and r % ask_every == ask_every - 1 and decoder.all_ended():
                 break
-        P, R = ids.shape[1], ids.shape[1] + max_new_tokens
-        tokens, log_probs = decoder.tokens[:, P:R], decoder.log_probs[:, P:R]
+        own = slice(ids.shape[1], ids.shape[1] + max_new_tokens)                 # the answers'
+        tokens, log_probs = decoder.tokens[:, own], decoder.log_probs[:, own]
         ends = torch.isin(tokens, decoder.eos).long()
-        real = ends.cumsum(1) == ends                         # nothing has ended before
-        R = int(real.any(0).sum())
-        return Rollout(tokens[:, :R] * real[:, :R], real[:, :R], log_probs[:, :R] * real[:, :R])
+        mask = ends.cumsum(1) == ends                         # nothing has ended before
+        R = int(mask.any(0).sum())                            # the longest answer
+        tokens, mask, log_probs = tokens[:, :R], mask[:, :R], log_probs[:, :R]
+        return Rollout(tokens * mask, mask, log_probs * mask)
 
     def left_padded(self, prompts, max_new_tokens):
         """ids (B, P) and how many columns of padding are before each row (B, 1)."""
@@ -418,7 +425,7 @@ class Decoder:
 
     def __init__(self, model: GPT, B: int, width: int, eos: list[int]):
         config, device = model.config, model.device
-        self.model, self.head = model.model, model.head       # not GPT itself, which keeps decoders
+        self.model, self.head = model.model, model.head       # not `model`, which owns this
         shape = (B, config.num_key_value_heads, width, config.head_dim)
         self.layers = [(torch.zeros(shape, dtype=model.dtype, device=device),
                         torch.zeros(shape, dtype=model.dtype, device=device))
@@ -435,6 +442,7 @@ class Decoder:
         self.temperature = torch.ones((), device=device)
         self.tokens = torch.zeros(B, width, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(B, width, device=device)
+        self.seen, self.padded = 0, False                     # columns in use; whether with padding
         self.graph = self.capture(width, device) if device.type == "cuda" else None
 
     def start(self, ids, padding, temperature):
@@ -447,7 +455,7 @@ class Decoder:
         self.temperature.fill_(temperature)
         self.column.fill_(P)
         self.seen, self.padded = P, bool(padding.any())
-        hidden = self.hidden_states(ids, self.columns[:P], P, self.padded)
+        hidden = self.last_hidden(ids, self.columns[:P], P, self.padded)
         self.sample(hidden)
 
     def next(self):
@@ -459,11 +467,11 @@ class Decoder:
             self.graph.replay()
 
     def step(self, seen: int, masked: bool):
-        hidden = self.hidden_states(self.ids, self.column, seen, masked)
+        hidden = self.last_hidden(self.ids, self.column, seen, masked)
         self.column.add_(1)
         self.sample(hidden)
 
-    def hidden_states(self, ids, columns, seen, masked):
+    def last_hidden(self, ids, columns, seen, masked):
         """The last of the hidden states (b, C) of tokens ids (b, T) in these columns (T,)."""
         mask = None
         if masked:
@@ -543,7 +551,10 @@ def weight_files(directory: Path) -> list[Path]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     names = {single.name}
     if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is damaged: it names no files") from None
     files = [directory / name for name in sorted(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

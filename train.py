@@ -16,6 +16,7 @@ ones; the gap between them is one of three (--gap):
 
     slip    confidence: one step in five was wrong at random, so the student is merely unsure
     habit   a wrong habit: in six of ten answers all subtractions were the wrong way round, b - a
+            (and one step in twenty slips)
     skill   missing knowledge: the student is an early checkpoint of the teacher's own training
 
 Departures from arXiv:2605.11739 and its official code, beside those listed in effopd.py:
@@ -25,12 +26,9 @@ Departures from arXiv:2605.11739 and its official code, beside those listed in e
   - distillation has no weight decay and clips gradients to norm 1.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -46,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Callable, Literal
 
 # Before torch is imported: OpenMP's threads spin while they wait, which makes small operations four
 # times slower when anything else runs on the cores.
@@ -70,7 +68,7 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting, an option of the command line each. ValueError for one that cannot work."""
+    """Every setting; each is a command-line option. ValueError for values that cannot work."""
 
     # the run
     method: Literal["race", "opd", "effopd", "rl", "sft"] = setting(
@@ -93,8 +91,8 @@ class Config:
     hidden_size: int = setting(96, "width of the model (of its MLP: 8/3 of that)")
     num_hidden_layers: int = setting(3, "layers of the model")
     num_attention_heads: int = setting(4, "attention heads of the model")
-    base_steps: int = setting(0, "supervised steps that make the student (0: 1000, skill 250)")
-    teacher_steps: int = setting(0, "further ones for the teacher (0: 150, habit 250, skill 350)")
+    base_steps: int = setting(0, "supervised steps that make the student (0: by gap, GAP_STEPS)")
+    teacher_steps: int = setting(0, "further ones that make the teacher (0: by gap, GAP_STEPS)")
     base_lr: float = setting(3e-3, "peak learning rate of the student's training")
     teacher_lr: float = setting(1e-3, "of the teacher's (gap skill: one training, at base_lr)")
 
@@ -123,8 +121,8 @@ class Config:
         "MODULE:FUNCTION")
     dv_size: int = setting(50, "problems in D_v")
     candidates: str = setting(
-        "linear", "W_t + 2kΔ (the paper's); doubling: W_t + 2^k Δ; line: doubling from where the "
-        "last search ended, or back towards W_prev; or MODULE:FUNCTION")
+        "linear", "W_t + 2kΔ (the paper's); doubling: W_t + 2^k Δ; line: doubling from half of "
+        "what the last search kept, or else shorter and back; or MODULE:FUNCTION")
     num_candidates: int = setting(5, "candidates at most (line: in each direction)")
     accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher, or not lower")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
@@ -137,11 +135,10 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, may_be_0 = getattr(self, f.name), f.default == 0 or "0:" in f.metadata["help"]
+            value, least = getattr(self, f.name), "0 or more" if f.name in MAY_BE_0 else "above 0"
             number = type(f.default) in (int, float)
-            if number and not (0 < value < 2 ** 63 or value == 0 and may_be_0):
-                raise ValueError(f"--{f.name} must be {'0 or more' if may_be_0 else 'above 0'} and "
-                                 f"below 2^63, got {value}")
+            if number and not (0 < value < 2 ** 63 or value == 0 and f.name in MAY_BE_0):
+                raise ValueError(f"--{f.name} must be {least} and below 2^63, got {value}")
         if self.digits > 2:
             raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -151,6 +148,10 @@ class Config:
             raise ValueError(f"--group_size must be 2 or more and divide --batch_size "
                              f"({self.batch_size}), got {self.group_size}")
         self.device = pick_device(self.device)
+
+
+MAY_BE_0 = {"seed", "save_every", "base_steps", "teacher_steps", "micro_batch_size", "search_every",
+            "alignment_gate"}
 
 
 def pick_device(name: str) -> str:
@@ -334,8 +335,8 @@ def evaluation_problems(config, task) -> list[str]:
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)             # as it was trained first; greedy last
 
 
-def control(task, student, teacher, problems) -> dict:
-    """What results are to be compared with: the teacher, and the untrained student sampled colder.
+def measure_control(task, student, teacher, problems) -> dict:
+    """What results are to be compared with: the teacher, and the student, merely sampled colder.
 
     A gap that one temperature closes is no test of distillation.
     """
@@ -369,7 +370,7 @@ def opd_step(config, task, student, teacher, problems, generator):
                                       num_tokens)
         loss.backward()
         loss_sum += loss.detach()
-        kl_sum += reverse_kl(logits.detach(), part.target, part.mask, num_tokens)
+        kl_sum += reverse_kl(logits.detach(), part.target, part.mask, num_tokens)  # for the log
     rewards = rewards_of(task, problems, answers)
     return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), tokens=num_tokens)
 
@@ -404,7 +405,7 @@ def sft_step(config, task, student, teacher, problems, generator):
     return parts, dict(loss=loss_sum, reward=fmean(rewards), tokens=num_tokens)
 
 
-STEPS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
+METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -428,7 +429,8 @@ class Judge:
 
 def accuracy(judge, model):
     """The paper's: the share of D_v that one sampled answer each solves."""
-    score, answers = evaluate(model, judge.task, judge.problems, torch.initial_seed())
+    seed = torch.initial_seed()                               # the search's: all candidates alike
+    score, answers = evaluate(model, judge.task, judge.problems, seed)
     judge.sampled += sum(map(len, answers))
     return score
 
@@ -457,19 +459,21 @@ SCORES = {"accuracy": accuracy, "batch_kl": batch_kl, "rollout_kl": rollout_kl}
 # The training loop.
 
 def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path, label: str,
-          steps=STEPS, scores=SCORES, **search_options) -> dict:
+          methods=METHODS, scores=SCORES, **search_options) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary.
 
-    Goes on from out_dir/state.pt if there is one. steps and scores: what --method and --score name;
+    Goes on from out_dir/state.pt if there is one. methods and scores: what the settings name;
     search_options: further arguments of EffOPD. Stopped if a signal asked for it; ValueError for a
     loss or a gradient that is not finite.
     """
+    if (out_dir / "summary.json").exists():                   # it is finished
+        return json.loads((out_dir / "summary.json").read_text())
     held_out = evaluation_problems(config, task)
     dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
     num_problems = config.batch_size // (config.group_size if config.method == "rl" else 1)
     batches = task.batches(num_problems, random.Random(f"training {config.seed}"), {*held_out, *dv})
     generator = torch.Generator(config.device).manual_seed(config.seed)
-    take_step = steps[config.method]
+    take_step = methods[config.method]
     optimizers = make_optimizers(config, student)
     judge = Judge(pick("score", config.score, scores), task, teacher, dv)
     effopd = make_effopd(config, student, judge, optimizers, **search_options)
@@ -490,9 +494,10 @@ def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path
             if step.bit_count() == 1:
                 run.save_checkpoint(f"step_{step:06d}")       # before a jump
             judge.parts, judge.num_tokens = parts, entry["tokens"]
-            search = effopd and effopd.step(step)             # jumps, if it is time for a search
+            entry["lr"] = optimizers[0].param_groups[0]["lr"]
+            record = effopd and effopd.step(step)             # jumps, if it is time for a search
             student.zero_grad()
-            run.finish_step(step, entry, search)
+            run.finish_step(step, entry, record)
             if asked:
                 run.save_state()
                 raise Stopped(step, asked[0])
@@ -565,40 +570,40 @@ class Run:
         self.examples = [dict(problem=problem, before=answer) for problem, answer in wrong[:3]]
 
     def evaluate(self) -> list:
-        """Add a point to the curve; all problems with their answers."""
+        """Add a point to the curve. Returns [(problem, answer)] of the held-out problems."""
         score, answers = evaluate(self.student, self.task, self.held_out)
         point = dict(step=self.step, accuracy=score, seconds=self.seconds)
-        self.curve.append(point | self.tokens())
+        self.curve.append(point | self.token_counts())
         return [(problem, self.task.decode(ids)) for problem, ids in zip(self.held_out, answers)]
 
-    def tokens(self) -> dict:
-        """Response tokens that the student sampled, to train and to validate, or only scored."""
+    def token_counts(self) -> dict:
+        """Response tokens sampled, to train and to validate, and those that were only scored."""
         sampled, scored = self.sampled + self.judge.sampled, self.judge.scored
         return dict(tokens=sampled + scored, sampled=sampled, scored=scored)
 
-    def finish_step(self, step, entry, search):
-        """Count, evaluate, log, save."""
+    def finish_step(self, step, entry, record):
+        """Count, evaluate, log, save. record: of a search, or None."""
         self.step, self.sampled = step, self.sampled + entry.pop("tokens")
-        if search:
-            self.seconds += search["seconds"]
-            self.searches.append({key: search[key] for key in ("step", "multiple", "lr")})
-            append_json(self.directory / "search.jsonl", search | self.tokens())
+        if record:
+            self.seconds += record["seconds"]
+            self.searches.append({key: record[key] for key in ("step", "multiple", "lr")})
+            append_json(self.directory / "search.jsonl", record | self.token_counts())
         if step % self.config.eval_every == 0 or step == self.config.steps:
             answers = dict(self.evaluate())
             entry["accuracy"] = self.curve[-1]["accuracy"]
             for example in self.examples:
                 example["after"] = answers[example["problem"]]
-        entry |= dict(lr=self.optimizers[0].param_groups[0]["lr"], seconds=self.seconds)
-        append_json(self.directory / "log.jsonl", dict(step=step) | entry | self.tokens())
+        entry["seconds"] = self.seconds
+        append_json(self.directory / "log.jsonl", dict(step=step) | entry | self.token_counts())
         if self.config.save_every and step % self.config.save_every == 0:
             self.save_state()
 
     def finish(self, label) -> dict:
         self.save_checkpoint("final")
-        last = [point["accuracy"] for point in self.curve[1:][-3:]]
+        last = [point["accuracy"] for point in self.curve[1:][-3:]]    # one alone is noisy
         summary = {name: getattr(self.config, name) for name in ("method", "seed", "lr", "steps")}
         summary |= dict(label=label, final_accuracy=fmean(last), seconds=self.seconds)
-        summary |= self.tokens()
+        summary |= self.token_counts()
         summary |= dict(searches=self.searches, curve=self.curve, examples=self.examples)
         write_json(self.directory / "summary.json", summary)
         (self.directory / "state.pt").unlink(missing_ok=True)  # nothing is left to go on with
@@ -691,7 +696,7 @@ def append_json(path: Path, line: dict):
 def replacing(path: Path):
     """A path beside `path`: what is written there takes its place when the block ends, or nothing.
 
-    OSError names the file that could not be written; what was there before is still there.
+    OSError names the file that could not be written; a file that was there before is still there.
     """
     scratch = path.with_name(path.name + ".part")
     try:
@@ -777,8 +782,12 @@ def load(config: Config):
     student, teacher = student.to(config.device), teacher.to(config.device).requires_grad_(False)
     known = home / "control.json"
     if not known.exists():
-        write_json(known, control(task, student, teacher, evaluation_problems(config, task)))
-    return task, student, teacher, json.loads(known.read_text())
+        problems = evaluation_problems(config, task)
+        write_json(known, measure_control(task, student, teacher, problems))
+    try:
+        return task, student, teacher, json.loads(known.read_text())
+    except ValueError:
+        raise ValueError(f"{known} is damaged: remove it and start again") from None
 
 
 def recipe_of(config, task) -> dict:
@@ -803,7 +812,7 @@ def recipe_of(config, task) -> dict:
 RACE = {  # name: (directory, settings)
     "OPD": ("opd", dict(method="opd")),
     "EffOPD, paper": ("effopd", dict(method="effopd")),
-    "EffOPD, recommended": ("finder", dict(
+    "EffOPD, recommended": ("recommended", dict(
         method="effopd", score="batch_kl", candidates="line", num_candidates=14, scope="all",
         move_lr=True)),
 }
@@ -814,9 +823,6 @@ def race(config: Config, task, student, teacher, out_dir: Path, control: dict) -
     for name, (directory, settings) in RACE.items():
         home = out_dir / directory
         home.mkdir(exist_ok=True)
-        if (home / "summary.json").exists():                  # the race was stopped in a later run
-            runs[name] = json.loads((home / "summary.json").read_text())
-            continue
         own = replace(config, **settings)
         runs[name] = train(own, task, copy.deepcopy(student), teacher, home, name)
     summary = dict(config=asdict(config) | {"versions": versions()}, control=control)
@@ -857,8 +863,8 @@ def print_race(summary):
 
 def print_run(summary):
     print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, "
-          f"{summary['final_accuracy']:.3f} after {summary['steps']} steps, "
-          f"{summary['tokens']:,} student tokens ({summary['sampled']:,} sampled), "
+          f"{summary['final_accuracy']:.3f} after {summary['steps']} steps (mean of the last three "
+          f"evaluations), {summary['tokens']:,} response tokens ({summary['sampled']:,} sampled), "
           f"{summary['seconds']:.1f} s")
 
 
@@ -889,7 +895,7 @@ def draw_race(summary, path):
         control = summary["control"]
         axis.axhline(control["teacher"], color="black", linewidth=0.8, label="teacher")
         axis.axhline(control["student_at_best_temperature"], color="grey", linestyle=":",
-                     label="untrained, at its best temperature")
+                     label="not distilled, at its best temperature")
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (one sampled answer a problem)")
@@ -914,26 +920,30 @@ def parse(args=None, config_class=Config) -> Config:
         stop("--resume takes every setting from the run; leave the others out")
     path = Path(config.resume) / "config.json"
     try:
-        saved = json.loads(path.read_text())
-        saved.pop("versions")
+        saved = dict(json.loads(path.read_text()))
+        del saved["versions"]
         return config_class(**saved | dict(resume=config.resume, out_dir=config.resume))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
         stop(f"--resume: {path} holds no settings that can be read ({first_line(error)})")
+    except ValueError as error:                               # they cannot work here and now
+        stop(f"--resume: {path}: {error}")
 
 
 def claim_directory(config) -> Path:
     """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free."""
     if config.resume:
         return Path(config.resume)
-    numbered = (Path(f"runs/{config.method}" + f"-{n}" * (n > 1)) for n in itertools.count(1))
-    for directory in [Path(config.out_dir)] if config.out_dir else numbered:
+    if config.out_dir and Path(config.out_dir).exists():
+        raise ValueError(f"--out_dir {config.out_dir} exists; name a new directory, or go on with "
+                         f"--resume {shlex.quote(config.out_dir)}")
+    directory, n = Path(config.out_dir or f"runs/{config.method}"), 1
+    while True:
         try:
             directory.mkdir(parents=True)
             return directory
-        except FileExistsError:
-            if config.out_dir:
-                raise ValueError(f"--out_dir {directory} exists; name a new directory, or go on "
-                                 f"with --resume {shlex.quote(str(directory))}") from None
+        except FileExistsError:                               # another run took the name
+            n += 1
+            directory = Path(f"runs/{config.method}-{n}")
 
 
 def run_one(config: Config, out_dir: Path, load, **options):
@@ -966,7 +976,7 @@ def stop(message, status=2):
 
 def main(args=None, config_class=Config, load=load, command="python train.py", **options):
     """The command line; extras/real.py gives it settings, a loader and steps of its own."""
-    for stream in (sys.stdout, sys.stderr):                   # Δ on a terminal that knows ASCII alone
+    for stream in (sys.stdout, sys.stderr):                   # no Δ on an ASCII terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     hint = ""

@@ -218,7 +218,7 @@ def weighted_step(config, task, student, problems, answers, rewards, advantages)
     return parts, dict(loss=loss_sum, reward=rewards.mean().item(), tokens=num_tokens)
 
 
-STEPS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
+METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
 
 
 def batch_kl(judge, model):
@@ -322,7 +322,7 @@ def measure_control(config, task, student, teacher) -> dict:
         return json.loads(kept.read_text())
     problems = train.evaluation_problems(config, task)
     if config.control:
-        control = train.control(task, student, teacher, problems)
+        control = train.measure_control(task, student, teacher, problems)
     else:
         control = {"teacher": evaluate(teacher, task, problems)[0]}
     if config.out_dir:
@@ -555,7 +555,7 @@ def as_text(value) -> str | None:
 
 def main(args=None):
     train.main(args, config_class=RealConfig, load=load_real, command="python -m extras.real",
-               steps=STEPS, scores=SCORES, cls=make_search)
+               methods=METHODS, scores=SCORES, cls=make_search)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ kept in OUT_DIR/sweep.json, and the same command goes on where it was stopped.
 
 Each row of the table is a setting, over its seeds: mean and 95% Student t interval. Costs are those
 to a target accuracy, searches included: --target, or else what the reference ends with, seed by
-seed. The reference of a run is the grid's first OPD run with the same values on all other axes. A
-run that does not get there counts with all it spent, so its row has lower bounds (>=).
+seed (.8 where a grid has none). The reference of a run is the grid's first OPD run with the same
+values on all other axes. A run that does not get there counts with all it spent, so its row has
+lower bounds (>=). How many times fewer steps and tokens a run takes than its reference is the mean
+of the seeds' ratios.
 """
 
 import argparse
@@ -31,9 +33,9 @@ from tqdm import tqdm
 
 import train
 from analyze import interval
-from train import Config, first_at, write_json
+from train import Config, first_at
 
-UNITS = ("step", "sampled", "scored", "seconds")
+UNITS = {"step": ".1f", "sampled": ",.0f", "scored": ",.0f", "seconds": ".1f"}  # and their format
 POINT = ("step", "accuracy", "sampled", "scored", "seconds")   # of a curve, as it is kept
 OWN = ("out_dir", "cache_dir", "resume", "device")            # of a run, not of a grid
 
@@ -41,7 +43,7 @@ OWN = ("out_dir", "cache_dir", "resume", "device")            # of a run, not of
 # ------------------------------------------------------------------------------------------------
 # The grid.
 
-def parse_axis(word: str) -> list[dict]:
+def parse_axis(word: str, config_class) -> list[dict]:
     """"method=opd,effopd+accept=ge" -> [{method: opd}, {method: effopd, accept: ge}]."""
     axis, _, text = word.partition("=")
     span = re.fullmatch(r"(\d+):(\d+)", text)
@@ -49,23 +51,24 @@ def parse_axis(word: str) -> list[dict]:
     parts = []
     for value in values:
         pairs = re.split(r"\+(?=\w+=)", f"{axis}={value}")    # the + of 1e+3 is none
-        parts.append(dict(pair.split("=", 1) for pair in pairs))
-    names = {f.name for f in fields(Config)} - set(OWN) | {"label"}
-    for part in parts:
-        if not part.keys() <= names or "" in part.values():
-            raise ValueError(f"cannot read {word!r}: a grid is SETTING=VALUE,VALUE,... or "
-                             "SETTING=FIRST:END, with settings of train.py")
+        parts.append(dict(pair.split("=", 1) for pair in pairs if "=" in pair))
+    names = {f.name for f in fields(config_class)} - set(OWN) | {"label"}
+    if not parts or any(not part.keys() <= names or "" in part.values() for part in parts):
+        raise ValueError(f"cannot read {word!r}: the grid comes first, in quotes, with words like "
+                         "SETTING=VALUE,VALUE or SETTING=FIRST:END")
     return parts
 
 
-def parse_grid(text: str) -> dict:
+def parse_grid(text: str, config_class=Config) -> dict:
     """The runs of a grid, the first axis slowest: {name: {settings, row, reference}}."""
-    axes = [parse_axis(word) for word in text.split()]
+    axes = [parse_axis(word, config_class) for word in text.split()]
     if not axes:
         raise ValueError('give a grid, for example "lr=1e-4,1e-3 method=opd,effopd seed=0:5"')
     runs = {}
     for parts in itertools.product(*axes):
         settings = merged(parts)
+        if len(settings) < sum(map(len, parts)):
+            raise ValueError(f"two words of the grid set the same: {name_of(settings)}")
         if settings.get("method", "race") == "race":
             raise ValueError("a grid needs the methods of single runs, as in method=opd,effopd")
         row = " ".join(row_of(part) for part in parts if "seed" not in part)
@@ -114,7 +117,10 @@ def run_all(runs: dict, shared: list[str], args, kept: dict) -> dict:
                 continue
             summary = json.loads((args.out_dir / name / "summary.json").read_text())
             kept["runs"][name] = runs[name] | in_short(summary)
-            kept["control"] = summary.get("control")
+            control = summary.get("control")
+            if kept["control"] not in (None, control):
+                control = {}                                  # two gaps: no one line for all
+            kept["control"] = control
             keep(args.out_dir, kept)
             if not args.keep_checkpoints:
                 shutil.rmtree(args.out_dir / name / "checkpoints", ignore_errors=True)
@@ -131,7 +137,7 @@ def run_one(name: str, settings: dict, shared: list[str], args) -> str | None:
     words = ["--resume", str(directory)]
     if not (directory / "config.json").exists():
         shutil.rmtree(directory, ignore_errors=True)
-        words = words_of(settings) + shared + ["--out_dir", str(directory)]
+        words = shared + words_of(settings) + ["--out_dir", str(directory)]
     script = ["-m", args.module] if args.module else ["train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, *script, *words], capture_output=True, text=True,
@@ -147,7 +153,7 @@ def words_of(settings: dict) -> list[str]:
 
 def in_short(summary: dict) -> dict:
     """What sweep.json keeps of a run's summary."""
-    curve = [[round(point[name], 4) for name in POINT] for point in summary["curve"]]
+    curve = [[round(point[name], 6) for name in POINT] for point in summary["curve"]]
     searches = [[search[name] for name in ("step", "multiple", "lr")]
                 for search in summary["searches"]]
     final = round(summary["final_accuracy"], 6)
@@ -166,35 +172,44 @@ def keep(out_dir: Path, kept: dict):
 # The table.
 
 def tabulate(kept: dict, target: float, at: list[int]) -> dict:
-    """{row: {number: its `interval` over seeds}}: the final accuracy, that after the steps in `at`,
-    costs to the target, and how many times fewer steps these are than the reference's.
-    """
+    """{row: {number: its `interval` over seeds}}, the numbers of `numbers_of`."""
     rows = {}
-    for name, run in kept["runs"].items():
-        reference = kept["runs"].get(run["reference"])
-        goal = target or (reference["final_accuracy"] if reference else 0.8)
-        curve = [dict(zip(POINT, point)) for point in run["curve"]]
-        reached = first_at(curve, goal)
-        own = dict(final=run["final_accuracy"], goal=goal, reached=float(reached is not None))
-        own |= {unit: (reached or curve[-1])[unit] for unit in UNITS}
-        own |= {f"at {step}": point["accuracy"] for step in at for point in curve
-                if point["step"] == step}
-        if reference:
-            theirs = first_at([dict(zip(POINT, point)) for point in reference["curve"]], goal)
-            both = reached and theirs
-            own["times"] = theirs["step"] / reached["step"] if both else None
-        rows.setdefault(run["row"], []).append(own)
-    table = {}
-    for row, runs in rows.items():
-        table[row] = {key: interval([run.get(key) for run in runs]) for key in runs[0]}
-    return table
+    for run in kept["runs"].values():
+        numbers = numbers_of(run, kept["runs"], target, at)
+        rows.setdefault(run["row"], []).append(numbers)
+    return {row: interval(runs) for row, runs in rows.items()}
 
 
-def cell(stats: dict, form: str) -> str:
+def numbers_of(run: dict, runs: dict, target: float, at: list[int]) -> dict:
+    """Final accuracy, that after the steps in `at`, costs to the target; None: not known."""
+    curve, reference = points_of(run), runs.get(run["reference"])
+    accuracies = {point["step"]: point["accuracy"] for point in curve}
+    numbers = dict(final=run["final_accuracy"], **{f"at {s}": accuracies.get(s) for s in at})
+    numbers |= dict.fromkeys(["goal", "reached", *UNITS, "fewer steps", "fewer tokens"])
+    if run["reference"] and not reference and not target:     # it failed, or is still to come
+        return numbers
+    goal = target or (reference["final_accuracy"] if reference else 0.8)
+    reached = first_at(curve, goal)
+    spent = reached or curve[-1]
+    numbers |= dict(goal=goal, reached=float(reached is not None))
+    numbers |= {unit: spent[unit] for unit in UNITS}
+    theirs = first_at(points_of(reference), goal) if reference else None
+    if reached and theirs:
+        tokens = [point["sampled"] + point["scored"] for point in (theirs, reached)]
+        numbers["fewer steps"] = theirs["step"] / reached["step"]
+        numbers["fewer tokens"] = tokens[0] / tokens[1]
+    return numbers
+
+
+def points_of(run: dict) -> list[dict]:
+    return [dict(zip(POINT, point)) for point in run["curve"]]
+
+
+def cell(stats: dict, form: str, mean_only=False) -> str:
     """mean [low, high]; of one value the mean alone."""
     if stats["mean"] is None:
         return "-"
-    if stats["low"] is None:
+    if mean_only or stats["low"] is None:
         return f"{stats['mean']:{form}}"
     return f"{stats['mean']:{form}} [{stats['low']:{form}}, {stats['high']:{form}}]"
 
@@ -210,69 +225,84 @@ def print_tables(kept: dict, table: dict, at: list[int]):
         print("\nAccuracies without distillation: " + ", ".join(words))
     print("\nAccuracy: mean [95% interval] over seeds\n")
     columns = [f"at {step}" for step in at]
-    print_table(["", "n", "final", *columns],
-                [[row, str(stats["final"]["n"]), cell(stats["final"], ".3f"),
-                  *(cell(stats[column], ".3f") for column in columns)]
-                 for row, stats in table.items()])
+    lines = []
+    for row, stats in table.items():
+        accuracies = [cell(stats[column], ".3f") for column in ["final", *columns]]
+        lines.append([row, str(stats["final"]["n"]), *accuracies])
+    print_table(["", "n", "final", *columns], lines)
     print("\nCosts to the target accuracy, searches included\n")
     lines = []
     for row, stats in table.items():
-        n = stats["final"]["n"]
-        reached = round(stats["reached"]["mean"] * n)
+        n = stats["reached"]["n"]
+        reached = round(n and stats["reached"]["mean"] * n)
         bound = "" if reached == n else ">= "
-        lines.append([row, f"{reached} of {n}, {stats['goal']['mean']:.3f}",
-                      bound + cell(stats["step"], ".1f"),
-                      bound + f"{stats['sampled']['mean']:,.0f} + {stats['scored']['mean']:,.0f}",
-                      bound + cell(stats["seconds"], ".1f"),
-                      cell(stats["times"], ".1f") if reached == n and "times" in stats else "-"])
-    print_table(["", "reached, target", "steps", "tokens sampled + only scored", "seconds",
-                 "times fewer steps"], lines)
+        costs = [bound + cell(stats[unit], form, mean_only=unit in ("sampled", "scored"))
+                 for unit, form in UNITS.items()]
+        times = [stats[name] for name in ("fewer steps", "fewer tokens")]
+        lines.append([row, cell(stats["goal"], ".3f", mean_only=True), f"{reached} of {n}", *costs,
+                      *(cell(stat, ".1f") if stat["n"] == n else "-" for stat in times)])
+    print_table(["", "target", "reached", "steps", "tokens sampled", "only scored", "seconds",
+                 "times fewer steps", "times fewer tokens"], lines)
 
 
 # ------------------------------------------------------------------------------------------------
 # The figure.
 
 def draw(kept: dict, table: dict, path: Path, title: str):
-    """Final accuracy and steps to the target: by learning rate where it varies, else in rows."""
+    """Final accuracy and steps to the target: against the grid's first axis if it is a number's
+    (the learning rate), else in rows.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    runs = [run["settings"] for run in kept["runs"].values()]
-    by_lr = all("lr=" in row for row in table) and len({run["lr"] for run in runs}) > 1
-    size = (10, 4.5 if by_lr else 1.2 + 0.32 * len(table))
-    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=not by_lr)
-    names = {"final": "final accuracy", "step": "steps to the target"}
+    axis, lines = lines_of(table)
+    size = (10, 4.5 if lines else 1.2 + 0.32 * len(table))
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=not lines)
+    names = {"final": "final accuracy", "step": "steps to the target (hollow: not all seeds)"}
     for panel, (key, name) in zip(panels, names.items()):
-        if by_lr:
-            draw_lines(panel, table, key)
-            panel.set(xscale="log", xlabel="learning rate", ylabel=name)
+        if lines:
+            draw_lines(panel, lines, key)
+            panel.set(xlabel="learning rate" if axis == "lr" else axis, ylabel=name)
+            panel.set_xscale("log" if panel.dataLim.xmin > 0 else "linear")
         else:
             draw_rows(panel, table, key)
             panel.set(xlabel=name)
         panel.grid(alpha=0.3)
-    if kept["control"]:
-        mark = panels[0].axhline if by_lr else panels[0].axvline
-        mark(kept["control"]["student_at_best_temperature"], color="grey", linestyle=":",
+    mark = panels[0].axhline if lines else panels[0].axvline
+    control = kept["control"] or {}
+    if "student_at_best_temperature" in control:              # extras.real: only with --control
+        mark(control["student_at_best_temperature"], color="grey", linestyle=":",
              label="untrained, at its best temperature")
-        mark(kept["control"]["teacher"], color="black", linewidth=0.8, label="teacher")
+    if "teacher" in control:
+        mark(control["teacher"], color="black", linewidth=0.8, label="teacher")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(title or "Mean and 95% interval over seeds (hollow: not every seed got there)")
+    figure.suptitle(title or "Mean and 95% interval over seeds")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_lines(panel, table, key):
-    """A line for each row name without its learning rate."""
+NUMBER = re.compile(r"([\w ]+)=(\d*\.?\d+(?:e[+-]?\d+)?)(?: (.*))?")
+
+
+def lines_of(table: dict) -> tuple[str, dict]:
+    """(axis, {rest of the row's name: [(number, stats)]}) if all rows begin like lr=1e-3."""
+    found = [NUMBER.fullmatch(row) for row in table]
+    one_axis = all(found) and len({match[1] for match in found}) == 1
+    if not one_axis or len({match[2] for match in found}) < 2:
+        return "", {}
     lines = {}
-    for row, stats in table.items():
-        rate = re.search(r"\blr=(\S+)", row)[1]
-        lines.setdefault(row.replace(f"lr={rate}", "").strip(), []).append((float(rate), stats))
+    for match, stats in zip(found, table.values()):
+        lines.setdefault(match[3] or "", []).append((float(match[2]), stats))
+    return found[0][1], lines
+
+
+def draw_lines(panel, lines, key):
     for i, (name, points) in enumerate(lines.items()):
-        for x, stats in sorted(points, key=lambda point: point[0]):
+        for x, stats in points:
             draw_point(panel, (x, stats[key]["mean"]), stats, key, f"C{i}", upright=True)
-        points = sorted((x, stats[key]["mean"]) for x, stats in points)
-        panel.plot(*zip(*points), color=f"C{i}", label=name)
+        known = [(x, stats[key]["mean"]) for x, stats in points if stats[key]["n"]]
+        panel.plot(*zip(*sorted(known)), color=f"C{i}", label=name or None)
 
 
 def draw_rows(panel, table, key):
@@ -283,6 +313,8 @@ def draw_rows(panel, table, key):
 
 
 def draw_point(panel, at, stats, key, color, upright):
+    if None in at:
+        return
     hollow = key == "step" and stats["reached"]["mean"] < 1
     half = [[0.0 if stats[key]["low"] is None else stats[key]["mean"] - stats[key]["low"]]] * 2
     bars = dict(yerr=half) if upright else dict(xerr=half)
@@ -293,75 +325,120 @@ def draw_point(panel, at, stats, key, color, upright):
 # ------------------------------------------------------------------------------------------------
 # The command.
 
-def stop(message):
+def stop(message, status=2):
     print(f"sweep: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def steps(text: str) -> list[int]:
+    return [int(step) for step in text.split(",")]
 
 
 def parse_args(args):
     parser = argparse.ArgumentParser(prog="python -m extras.sweep", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0])
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
     parser.add_argument("grid", nargs="?", default="", help="see above")
     parser.add_argument("--out_dir", type=Path, default=Path("runs/sweep"), help="what it keeps")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
-    parser.add_argument("--module", default="", help="extras.real for models of your own")
+    parser.add_argument("--module", choices=["extras.real"], help="for models of your own")
     parser.add_argument("--target", type=float, default=0.0, help="accuracy to count costs to")
-    parser.add_argument("--at", default="", help="steps whose accuracy is a column: 8,16")
+    parser.add_argument("--at", type=steps, default=[], help="steps to show accuracies at: 8,16")
+    parser.add_argument("--rows", default="", help="rows to show, comma between them; empty: all")
     parser.add_argument("--title", default="", help="of the figure")
     parser.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     parser.add_argument("--redraw", type=Path, help="a sweep.json: only print and draw it")
     return parser.parse_known_args(args)
 
 
-def check(runs: dict, shared: list[str]):
-    """Stops at a setting that train.py would refuse; makes students and teachers beforehand."""
-    gaps = set()
-    for run in runs.values():
-        config = train.parse(words_of(run["settings"]) + shared)
-        if config.gap not in gaps:
-            train.load(config)
-            gaps.add(config.gap)
-
-
 def sweep(args, shared: list[str]) -> tuple[dict, dict]:
     """Do the grid's runs: (all that sweep.json holds, what the failed runs complained of)."""
-    runs, file = parse_grid(args.grid), args.out_dir / "sweep.json"
-    if not args.module:
-        check(runs, shared)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    pairs = list(zip(shared[::2], shared[1::2]))
-    same_for_all = [list(pair) for pair in pairs if pair[0].removeprefix("--") not in OWN]
-    kept = dict(grids=[], shared=same_for_all, control=None, versions=train.versions(), runs={})
-    if file.exists():
-        kept = json.loads(file.read_text())
-    if kept["shared"] != same_for_all:
-        settings = " ".join(sum(kept["shared"], [])) or "default settings"
-        raise ValueError(f"{args.out_dir} has runs with {settings}; name another --out_dir")
-    kept["grids"] = list(dict.fromkeys([*kept["grids"], args.grid]))
-    keep(args.out_dir, kept)
+    config_class = Config
+    if args.module:
+        from extras.real import RealConfig as config_class
+    runs, configs = parse_grid(args.grid, config_class), {}
+    for name, run in runs.items():                            # a wrong setting stops it here
+        configs[name] = train.parse(shared + words_of(run["settings"]), config_class)
+    kept = begin(args, shared, runs)
+    for name, config in configs.items():
+        if name not in kept["runs"] and not args.module:
+            train.load(config)                                # makes student and teacher, once
     return kept, run_all(runs, shared, args, kept)
+
+
+def begin(args, shared: list[str], runs: dict) -> dict:
+    """What sweep.json holds; it is there from now on. ValueError if it has other settings."""
+    settings = settings_of(shared) + [["--module", args.module]] * bool(args.module)
+    kept = dict(grids=[], shared=settings, control=None, versions=train.versions(), runs={})
+    if (args.out_dir / "sweep.json").exists():
+        kept = read(args.out_dir / "sweep.json")
+    if dict(kept["shared"]) != dict(settings):
+        words = " ".join(word for pair in kept["shared"] for word in pair) or "default settings"
+        raise ValueError(f"{args.out_dir} has runs with {words}; name another --out_dir")
+    rows = {}
+    for run in (kept["runs"] | runs).values():
+        own = {k: v for k, v in run["settings"].items() if k not in ("seed", "label")}
+        if rows.setdefault(run["row"], own) != own:
+            raise ValueError(f"{run['row']!r} names both {name_of(rows[run['row']])} and "
+                             f"{name_of(own)}; choose another label, or another --out_dir")
+    kept["grids"] = list(dict.fromkeys([*kept["grids"], args.grid]))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    keep(args.out_dir, kept)
+    return kept
+
+
+def settings_of(words: list[str]) -> list[list[str]]:
+    """[["--steps", "6"], ["--move_lr", "True"]] of --steps=6 --move_lr; a run's OWN left out."""
+    pairs = []
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            pairs.append([name, value or "True"])
+        else:
+            pairs[-1][1] = word
+    return [pair for pair in pairs if pair[0].removeprefix("--") not in OWN]
+
+
+def read(file: Path) -> dict:
+    kept = json.loads(file.read_text())
+    if not isinstance(kept, dict) or "runs" not in kept:
+        raise ValueError(f"{file} is not what a sweep keeps")
+    return kept
+
+
+def show(kept: dict, args, picture: Path):
+    """Print the tables and draw the figure."""
+    table = tabulate(kept, args.target, args.at)
+    chosen = args.rows.split(",") if args.rows else list(table)
+    if not set(chosen) <= table.keys():
+        raise ValueError(f"--rows: there are {', '.join(table)}")
+    table = {row: table[row] for row in chosen}
+    print_tables(kept, table, args.at)
+    draw(kept, table, picture, args.title)
+    print(f"\nThe figure is {picture}")
 
 
 def main(args=None):
     args, shared = parse_args(args)
+    if not 0 <= args.target <= 1:
+        stop(f"--target is an accuracy, 0 to 1, got {args.target}")
+    if args.redraw and (args.grid or shared):
+        stop(f"--redraw runs nothing: leave out {' '.join([args.grid, *shared]).strip()}")
     failed, picture = {}, args.out_dir / "sweep.png"
     try:
         if args.redraw:
-            kept, picture = json.loads(args.redraw.read_text()), args.redraw.with_suffix(".png")
+            file = args.redraw / "sweep.json" if args.redraw.is_dir() else args.redraw
+            kept, picture = read(file), file.with_suffix(".png")
         else:
             kept, failed = sweep(args, shared)
         if kept["runs"]:
-            at = [int(step) for step in args.at.split(",") if step]
-            table = tabulate(kept, args.target, at)
-            print_tables(kept, table, at)
-            draw(kept, table, picture, args.title)
-            print(f"\nThe figure is {picture}")
+            show(kept, args, picture)
     except (ValueError, OSError) as error:
         stop(error)
     except KeyboardInterrupt:
-        stop("stopped; the same command goes on")
+        stop("stopped; the same command goes on", 130)
     for name, said in failed.items():
         print(f"sweep: {name} failed: {said}", file=sys.stderr)
     sys.exit(1 if failed else 0)

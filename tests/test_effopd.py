@@ -90,15 +90,6 @@ def test_three_triggers_by_hand():
     assert [r["step"] for r in effopd.history] == [1, 2, 4]
 
 
-def test_it_stops_at_the_first_failure_and_keeps_the_last_success():
-    scores = iter([0.1, 0.2, 0.15, 0.9])
-    model = Line(0.0)
-    effopd = EffOPD(model, lambda m: next(scores))
-    model.move_to(1.0)
-    assert effopd.step(1)["multiple"] == 2 and model.at == 3.0
-    assert next(scores) == 0.9                                # never asked for
-
-
 @pytest.mark.parametrize("best, kept", [
     (9.0, 2), (4.2, 0),                                       # 4, 8, 12; and 4, 8, then back to 3
     (2.4, -0.75), (2.0, -0.96875)])                           # 4, 8, 3, 2.5, 2.25, ...
@@ -167,10 +158,11 @@ def test_after_a_rejected_search_the_weights_are_bit_identical():
     assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
 
 
+@pytest.mark.parametrize("accept", ["gt", "ge", lambda new, old: True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_is_rejected_and_recorded(bad):
+def test_a_score_that_is_not_finite_is_rejected_and_recorded(bad, accept):
     model = Line(0.0)
-    effopd = EffOPD(model, Recorder(lambda at: bad if at > 4 else at), accept="ge")
+    effopd = EffOPD(model, Recorder(lambda at: bad if at > 4 else at), accept=accept)
     model.move_to(1.0)
     record = effopd.step(1)                                   # 3 is kept, 5 scores `bad`
     assert model.at == 3.0 and record["scores"] == [1.0, 3.0, None]
@@ -189,7 +181,8 @@ def test_weights_that_are_not_finite_are_not_even_scored():
 
 
 def test_an_error_in_validate_leaves_w_t_and_the_search_can_be_made_again():
-    def start(fails_at):
+    histories = []
+    for fails_at in (0, 1, 3):
         model, calls = Line(0.0), []
 
         def validate(m):
@@ -200,18 +193,14 @@ def test_an_error_in_validate_leaves_w_t_and_the_search_can_be_made_again():
 
         effopd = EffOPD(model, validate)
         model.move_to(1.0)
-        return model, effopd
-
-    whole, undisturbed_one = start(fails_at=None)
-    undisturbed_one.step(1)
-    for n in (1, 3):
-        model, effopd = start(fails_at=n)
-        with pytest.raises(KeyboardInterrupt):
-            effopd.step(1)
-        assert model.at == 1.0 and effopd.previous["mlp.weight"].item() == 0.0
+        if fails_at:
+            with pytest.raises(KeyboardInterrupt):
+                effopd.step(1)
+            assert model.at == 1.0 and effopd.previous["mlp.weight"].item() == 0.0
         effopd.step(1)
-        assert without_seconds(effopd.history) == without_seconds(undisturbed_one.history)
-        assert model.at == whole.at == 11.0
+        histories.append(without_seconds(effopd.history))
+        assert model.at == 11.0
+    assert histories[0] == histories[1] == histories[2]
 
 
 # What is not disturbed.
@@ -257,24 +246,6 @@ def test_candidates_share_their_random_numbers_and_searches_do_not():
     EffOPD(model, validate, num_candidates=2, seed=1).step(1)
     assert [len(set(drawn[i:i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
     assert len({drawn[0], drawn[3], drawn[6]}) == 3
-
-
-def test_a_search_that_accepts_nothing_changes_nothing_in_training():
-    """Weights, optimiser and random state equal those of the loop without EffOPD, bit for bit."""
-    results = []
-    for search in (False, True):
-        net = awkward_net()
-        torch.manual_seed(5)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-        effopd = EffOPD(net, lambda m: 0 * torch.rand(()).item(), optimizer=optimizer, move_lr=True)
-        for t in range(1, 10):
-            train_step(net, optimizer, t)
-            if search:
-                effopd.step(t)
-        moments = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
-        results.append([*net.state_dict().values(), *moments, torch.get_rng_state()])
-    assert len(effopd.history) == 4
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 ALL = {"attn.weight", "attn.bias", "mlp.weight", "mlp.bias", "norm.weight", "norm.bias",
@@ -392,6 +363,7 @@ def test_the_alignment_recorded_is_the_exact_one_nearly():
     b = {name: d + 0.2 * decaying(9 + i, *d.shape) for i, (name, d) in enumerate(a.items())}
     exact = [subspace_alignment(a[name], b[name], ALIGNMENT_K, side)
              for name in a for side in ("left", "right")]
+    torch.manual_seed(0)
     value = mean_alignment(a | {"bias": torch.ones(9)}, b | {"bias": torch.ones(9)})
     assert value == pytest.approx(np.mean(exact), abs=0.01) and 0.5 < value < 0.95
     assert mean_alignment(a, a) == pytest.approx(1, abs=1e-4)
@@ -428,9 +400,11 @@ def test_the_utility_gate_leaves_out_what_is_not_useful():
     model.move_by(1.0, -1.0, gradients=(-1.0, 1.0))           # both go down it
     effopd.step(2)
     assert [p.item() - w for p, w in zip(model.parameters(), start)] == pytest.approx([6, -1])
+    model.move_by(1.0, 1.0, gradients=(1.0, 1.0))             # neither: nothing to search for
+    assert effopd.step(4)["scores"] == []
+    model.move_by(1.0, 1.0)
     with pytest.raises(ValueError, match="zero_grad"):
-        model.move_by(1.0, 1.0)
-        effopd.step(4)
+        effopd.step(8)
 
 
 # The learning rate.
@@ -460,25 +434,11 @@ def test_the_first_jump_with_plain_sgd_is_the_first_step_at_the_larger_rate():
     assert model.at == 8 - 0.25 * (1 + 10) * 16 and optimizer.param_groups[0]["lr"] == 0.25 * 11
 
 
-def test_without_move_lr_the_rate_is_only_recorded():
-    model, optimizer = Line(0.0), torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    effopd = EffOPD(model, lambda m: m.at, optimizer=optimizer)
-    model.move_to(1.0)
-    record = effopd.step(1)
-    assert record["multiple"] == 10 and record["lr"] == optimizer.param_groups[0]["lr"] == 0.5
-    assert EffOPD(model, lambda m: 0.0).step(1)["lr"] is None
-
-
 @pytest.mark.parametrize("settings, words", [
     (dict(accept="maybe"), "gt, ge"), (dict(candidates="cubic"), "linear, doubling, line"),
     (dict(scope="heads"), "scope"), (dict(num_candidates=0), "num_candidates"),
     (dict(first_trigger=0), "first_trigger"), (dict(every=-1), "every"),
-    (dict(move_lr=True), "move_lr needs the optimizer")])
+    (dict(move_lr=True), "move_lr needs the optimizer"), (dict(), "scope='all'")])
 def test_wrong_options(settings, words):
     with pytest.raises(ValueError, match=words):
-        EffOPD(Line(), lambda m: 0.0, **settings)
-
-
-def test_a_model_with_nothing_in_scope():
-    with pytest.raises(ValueError, match="scope='all'"):
-        EffOPD(nn.Sequential(nn.Linear(2, 2)), lambda m: 0.0)
+        EffOPD(nn.Linear(2, 2) if words == "scope='all'" else Line(), lambda m: 0.0, **settings)

@@ -1,29 +1,25 @@
-"""Nothing lost: runs that are killed, interrupted, damaged or out of space, and numbers that are not finite."""
+"""Nothing is lost: runs that are killed, stopped or out of space, and files that are damaged."""
 
-import dataclasses
 import errno
 import json
-import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
-from model import GPT
-from train import Config, load_models, main
+from conftest import TOY, arguments, read_lines
+from train import main
 
-TOY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_ops=2, base_steps=12,
-           teacher_steps=12, base_batch_size=8, batch_size=8, eval_size=12, device="cpu")
-RUN = TOY | dict(method="effopd", steps=18, save_every=3, eval_every=2, lr=2e-3, score="batch_kl", candidates="doubling",
-                 search_every=5)
+RUN = TOY | dict(method="effopd", steps=18, save_every=3, eval_every=2, lr=2e-3, score="batch_kl",
+                 candidates="line", search_every=5, optimizer="muon", move_lr=True)
 
 
 @pytest.fixture(autouse=True)
@@ -34,47 +30,54 @@ def ctrl_c_counts():
     signal.signal(signal.SIGINT, before)
 
 
-def arguments(settings):
-    return [word for name, value in settings.items() for word in
-            ((f"--{name}",) if value is True else (f"--{name}", str(value)))]
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory with the cache that all runs share, and one run that nothing disturbed."""
-    home = tmp_path_factory.mktemp("resume")
-    main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=home / "whole")))
-    return home
+def whole(cache_dir, tmp_path_factory):
+    """The directory of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    begin(directory, cache_dir)
+    return directory
 
 
-def outcome(directory):
-    """All that a run leaves, but for the seconds it took and the place it is in."""
-    def without(value):
-        if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if k not in ("seconds", "out_dir", "resume")}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    weights = {p.name: load_file(p / "model.safetensors") for p in sorted((directory / "checkpoints").iterdir())}
-    lines = [[json.loads(line) for line in path.read_text().splitlines()]
-             for path in (directory / "log.jsonl", directory / "search.jsonl") if path.exists()]
-    return weights, without(lines), without(json.loads((directory / "summary.json").read_text()))
+def begin(directory, cache_dir, **settings):
+    main(arguments(RUN | settings | dict(cache_dir=cache_dir, out_dir=directory)))
 
 
-def same(a, b):
-    (weights, *rest), (other_weights, *other_rest) = outcome(a), outcome(b)
-    assert rest == other_rest
-    assert list(weights) == list(other_weights)
-    for name in weights:
-        assert all(torch.equal(w, other_weights[name][key]) for key, w in weights[name].items()), name
+def begin_or_resume(directory, cache_dir, **settings):
+    if (directory / "config.json").exists():
+        main(["--resume", str(directory)])
+    else:                                                     # killed before there was anything
+        shutil.rmtree(directory, ignore_errors=True)
+        begin(directory, cache_dir, **settings)
 
 
-def child(body):
-    """Run body() in a process of its own; returns its id. It shares nothing with this one but what is on disk."""
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(v) for key, v in value.items() if key != "seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+def assert_same(directory, other):
+    """All that the runs leave is equal, but for the seconds that they took."""
+    for name in ("log.jsonl", "search.jsonl"):
+        lines, other_lines = read_lines(directory / name), read_lines(other / name)
+        assert without_seconds(lines) == without_seconds(other_lines)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert without_seconds(summary) == without_seconds(
+        json.loads((other / "summary.json").read_text()))
+    weights = {path.relative_to(other): path.read_bytes() for path in other.rglob("*.safetensors")}
+    assert weights == {path.relative_to(directory): path.read_bytes()
+                       for path in directory.rglob("*.safetensors")}
+    assert not (directory / "state.pt").exists()
+
+
+def child(body) -> int:
+    """Run body() in a process that shares nothing with this one but what is on disk."""
     pid = os.fork()
     if pid == 0:
-        train.tqdm.set_lock(threading.RLock())                # tqdm's own is shared: to be killed with it would hang us
+        train.tqdm.set_lock(threading.RLock())                # the own one is shared by all forks
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         status = 1
         try:
             body()
@@ -90,480 +93,277 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def start_or_resume(directory, home, settings=RUN):
-    if (directory / "config.json").exists():
-        main(["--resume", str(directory)])
-    else:
-        for left in (directory,):                             # killed before there was anything to go on from
-            if left.exists():
-                left.rename(left.with_name(f"{left.name}-{time.time_ns()}"))
-        main(arguments(settings | dict(cache_dir=home / "cache", out_dir=directory)))
+def signal_in_step(n, *numbers):
+    """METHODS whose n-th step sends these signals to its own process."""
+    calls, methods = [], dict(train.METHODS)
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == n:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)                              # Python handles it a moment later
+        return methods[args[0].method](*args)
+
+    return dict.fromkeys(train.METHODS, step)
 
 
-def test_the_run_searches_and_jumps(home):
-    _, (log, searches), _ = outcome(home / "whole")
-    assert len(log) == 18 and [s["step"] for s in searches] == [1, 2, 4, 5, 8, 10, 15, 16]
-    assert sum(s["accepted"] > 0 for s in searches) >= 2      # else the tests below would miss what jumps leave behind
+def run_killed_in_step(n, directory, cache_dir, **settings):
+    def body():
+        train.METHODS.update(signal_in_step(n, signal.SIGKILL))
+        begin(directory, cache_dir, **settings)
+
+    assert status_of(child(body)) == -signal.SIGKILL
 
 
-def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed(home, tmp_path):
-    rng, begin = random.Random(0), time.perf_counter()
-    start_or_resume(tmp_path / "timing", home)
-    whole = time.perf_counter() - begin
-    steps = []
+def last_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# Killed.
+
+def test_the_run_searches_and_jumps(whole):
+    searches = read_lines(whole / "search.jsonl")
+    assert [s["step"] for s in searches] == [1, 2, 4, 5, 8, 10, 15, 16]
+    assert len({s["lr"] for s in searches}) > 2               # else a lost rate would go unseen
+    assert len(read_lines(whole / "log.jsonl")) == 18
+
+
+def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed(whole, cache_dir, tmp_path):
+    rng, start = random.Random(0), time.perf_counter()
+    begin_or_resume(tmp_path / "timing", cache_dir)
+    seconds, steps = time.perf_counter() - start, []
     for _ in range(10):
-        pid = child(lambda: start_or_resume(tmp_path / "run", home))
-        time.sleep(rng.uniform(0.05, 0.5) * whole)
+        pid = child(lambda: begin_or_resume(tmp_path / "run", cache_dir))
+        time.sleep(rng.uniform(0.1, 0.6) * seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         log = tmp_path / "run" / "log.jsonl"
         steps.append(len(log.read_text().splitlines()) if log.exists() else 0)
     assert any(0 < step < 18 for step in steps)               # else no kill hit the training
-    start_or_resume(tmp_path / "run", home)
-    same(tmp_path / "run", home / "whole")
+    begin_or_resume(tmp_path / "run", cache_dir)
+    assert_same(tmp_path / "run", whole)
 
 
-def test_killed_around_any_file_it_writes_and_resumed_equals_undisturbed(home, tmp_path):
-    """SIGKILL just before or just after the n-th file takes its name, in a run that goes on from the kill before."""
-    rng, kills = random.Random(1), 0
-
+def test_killed_around_any_file_that_takes_its_name(whole, cache_dir, tmp_path):
+    """SIGKILL just before or after the n-th one, in a run that goes on from the kill before."""
     def run(n, before):
-        replace, count = Path.replace, 0
+        replace, calls = Path.replace, []
 
         def deadly(self, target):
-            nonlocal count
-            count += 1
-            if count == n and before:
+            calls.append(1)
+            if len(calls) < n or not before:
+                replace(self, target)
+            if len(calls) == n:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = replace(self, target)
-            if count == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
 
         Path.replace = deadly
-        start_or_resume(tmp_path / "run", home)
+        begin_or_resume(tmp_path / "run", cache_dir)
 
-    for n in [1, 2, 3, 4, 5, 6] + [rng.randrange(3, 9) for _ in range(6)]:
-        kills += status_of(child(lambda: run(n, before=rng.random() < 0.5))) == -signal.SIGKILL
-        rng.random()
-    assert kills >= 10
-    start_or_resume(tmp_path / "run", home)
-    same(tmp_path / "run", home / "whole")
-
-
-@pytest.mark.parametrize("settings", [dict(method="opd"), dict(method="rl", batch_size=8, group_size=4),
-                                      dict(score="accuracy", dv_size=5, reset_moments=True, keep_last=2)])
-def test_other_methods_resume_too(settings, home, tmp_path):
-    settings = {k: v for k, v in RUN.items() if "method" not in settings or k not in (
-        "score", "candidates", "search_every")} | dict(steps=7) | settings
-    start_or_resume(tmp_path / "whole", home, settings)
-
-    def dies_at(step, directory):
-        real = train.save_state
-
-        def save(run, states):
-            real(run, states)
-            if run.record["step"] == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        train.save_state = save
-        start_or_resume(directory, home, settings)
-
-    for step in (3, 6):
-        assert status_of(child(lambda: dies_at(step, tmp_path / "run"))) == -signal.SIGKILL
-    start_or_resume(tmp_path / "run", home, settings)
-    same(tmp_path / "run", tmp_path / "whole")
-    if "keep_last" in settings:
-        assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-            "final", "step_000000", "step_000002", "step_000004"]
+    moments = [(1, True), (1, False), (3, True), (4, False), (6, True),       # no state yet
+               (6, False), (2, True), (2, False), (3, False), (3, True), (2, False), (4, False)]
+    for moment in moments:
+        assert status_of(child(lambda: run(*moment))) == -signal.SIGKILL
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["own"]["step"] == 12
+    assert status_of(child(lambda: run(6, before=False))) == -signal.SIGKILL    # of summary.json
+    begin_or_resume(tmp_path / "run", cache_dir)
+    assert_same(tmp_path / "run", whole)
 
 
-def test_random_states_are_restored(home, tmp_path):
-    """Python's, NumPy's and torch's, and the rollouts' own."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), generator=generator).item()
-
-    states = train.random_states(generator)
-    first = draw()
-    torch.save(states, tmp_path / "states.pt")                # through the file, as in a resume
-    states = torch.load(tmp_path / "states.pt", weights_only=True)
-    train.set_random_states(states, generator)
-    assert draw() == first
+@pytest.mark.parametrize("settings", [
+    dict(method="opd"), dict(method="rl", group_size=4), dict(method="sft"),
+    dict(score="accuracy", candidates="linear", optimizer="adamw", move_lr=False, scope="all"),
+    dict(score="rollout_kl", rollout_batch_size=7, accept="ge", alignment_gate=0.1)])
+def test_other_settings_resume_too(settings, cache_dir, tmp_path):
+    begin(tmp_path / "whole", cache_dir, **settings)
+    run_killed_in_step(9, tmp_path / "run", cache_dir, **settings)    # its state is of step 6
+    main(["--resume", str(tmp_path / "run")])
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_race_goes_on_where_it_stopped(home, tmp_path):
-    settings = TOY | dict(num_ops=2, steps=4, cache_dir=home / "cache")
-
-    def dies():
-        real, calls = train.distil, []
-
-        def second(*args):
-            calls.append(args)
-            if len(calls) == 2:
-                train.backward = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-
-        train.distil = second
-        main(arguments(settings | dict(out_dir=tmp_path / "race")))
-
-    assert status_of(child(dies)) == -signal.SIGKILL
+def test_a_race_goes_on_where_it_stopped(cache_dir, tmp_path):
+    settings = dict(method="race", steps=4, save_every=2, optimizer="adamw")
+    run_killed_in_step(8, tmp_path / "race", cache_dir, **settings)    # the second run's last
     finished = (tmp_path / "race" / "opd" / "log.jsonl").read_text()
     main(["--resume", str(tmp_path / "race")])
     assert (tmp_path / "race" / "opd" / "log.jsonl").read_text() == finished
-    main(arguments(settings | dict(out_dir=tmp_path / "whole")))
-    for method in ("opd", "effopd", "effopd-batch-kl"):
-        same(tmp_path / "race" / method, tmp_path / "whole" / method)
+    begin(tmp_path / "whole", cache_dir, **settings)
+    for directory, _ in train.RACE.values():
+        assert_same(tmp_path / "race" / directory, tmp_path / "whole" / directory)
     assert (tmp_path / "race" / "race.png").exists()
 
 
 # Signals.
 
-def interrupted(home, directory, monkeypatch, capsys, moment, signals):
-    """Run until the n-th call of a function of train.py, send the signals there; returns the exit status and stderr."""
-    name, n = moment
-    real, calls = getattr(train, name), []
-
-    def call(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            for number in signals:
-                os.kill(os.getpid(), number)
-                time.sleep(0.01)                              # Python handles a signal a moment after it came
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, name, call)
-    with pytest.raises(SystemExit) as end:
-        main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=directory)))
-    monkeypatch.undo()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return end.value.code, capsys.readouterr().err.strip().splitlines()[-1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_finishes_the_step_and_says_how_to_go_on(number, home, tmp_path, monkeypatch, capsys):
-    status, said = interrupted(home, tmp_path / "run", monkeypatch, capsys, ("backward", 7), [number])
-    assert status == 128 + number
-    assert said.endswith(f"stopped after step 7; to go on: python train.py --resume {tmp_path / 'run'}")
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 7
-    main(["--resume", str(tmp_path / "run")])
-    same(tmp_path / "run", home / "whole")
-
-
-@pytest.mark.parametrize("moment, lines", [(("backward", 7), 6), (("answer", 12), None), (("kl_of", 12), None),
-                                           (("evaluate", 6), None), (("loss_of", 10), 9)])
-def test_two_signals_stop_at_once_and_lose_at_most_the_step(moment, lines, home, tmp_path, monkeypatch, capsys):
-    """In a rollout, in a loss, in a search, in an evaluation: what is resumed equals what nobody interrupted."""
-    status, said = interrupted(home, tmp_path / "run", monkeypatch, capsys, moment, [signal.SIGINT, signal.SIGINT])
-    assert status == 130 and "stopped in step" in said
-    step = int(said.split("stopped in step ")[1].split(";")[0])
-    logged = len((tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    assert logged == step - 1 and (lines is None or logged == lines)
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["record"]["step"] == step - 1
-    main(["--resume", str(tmp_path / "run")])
-    same(tmp_path / "run", home / "whole")
-
-
-def test_a_checkpoint_from_before_a_jump_stays_one(home, tmp_path, monkeypatch, capsys):
-    """Stopped in the evaluation after a search that accepted something, at a step whose checkpoint is kept."""
-    _, (_, searches), _ = outcome(home / "whole")
-    step = next(s["step"] for s in searches if s["accepted"] and s["step"].bit_count() == 1 and s["step"] % 2 == 0)
-    status, said = interrupted(home, tmp_path / "run", monkeypatch, capsys, ("evaluate", 2 + step // 2),
-                               [signal.SIGINT, signal.SIGINT])
-    assert status == 130 and f"stopped in step {step};" in said
-    main(["--resume", str(tmp_path / "run")])
-    same(tmp_path / "run", home / "whole")
-
-
-def test_two_signals_in_the_midst_of_a_search(home, tmp_path, monkeypatch, capsys):
-    """At each candidate of a search that accepts some: W_t is what is saved, and the search is made again."""
-    for n in (1, 2, 3, 4):
-        directory = tmp_path / str(n)
-        calls = []
-        score = train.Score.__call__
-
-        def call(self, model):
-            calls.append(0)
-            if len(calls) == n:
-                os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)
-            return score(self, model)
-
-        monkeypatch.setattr(train.Score, "__call__", call)
+def test_one_signal_ends_after_the_step_and_says_how_to_go_on(
+        number, whole, cache_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        for name, step in signal_in_step(7, number).items():
+            patch.setitem(train.METHODS, name, step)
         with pytest.raises(SystemExit) as end:
-            main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=directory)))
-        monkeypatch.setattr(train.Score, "__call__", score)
-        assert end.value.code == 143
-        assert "pending" in torch.load(directory / "state.pt", weights_only=True)
+            begin("a run", cache_dir)
+    said = last_line(capsys)
+    assert end.value.code == 128 + number
+    assert said == "train.py: stopped after step 7; to go on: python train.py --resume 'a run'"
+    state = torch.load(tmp_path / "a run" / "state.pt", weights_only=True)
+    assert state["own"]["step"] == len(read_lines(tmp_path / "a run" / "log.jsonl")) == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    main(shlex.split(said.partition("python train.py ")[2]))
+    assert_same(tmp_path / "a run", whole)
+
+
+def test_a_second_signal_stops_at_once_and_loses_nothing(
+        whole, cache_dir, tmp_path, monkeypatch, capsys):
+    """In a step; and in each candidate of a search that keeps one: W_t is what is gone on from."""
+    def body(number):
+        train.METHODS.update(signal_in_step(7, number, number))
+        begin(tmp_path / "step", cache_dir)
+
+    assert status_of(child(lambda: body(signal.SIGTERM))) == -signal.SIGTERM
+    assert len(read_lines(tmp_path / "step" / "log.jsonl")) == 6
+    main(["--resume", str(tmp_path / "step")])
+    assert_same(tmp_path / "step", whole)
+
+    assert read_lines(whole / "search.jsonl")[0]["multiple"]
+    for n in (1, 2, 3):
+        calls, directory = [], tmp_path / f"search {n}"
+
+        def score(judge, model):
+            calls.append(1)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            return train.batch_kl(judge, model)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(train.SCORES, "batch_kl", score)
+            with pytest.raises(SystemExit) as end:
+                begin(directory, cache_dir)
+        said = last_line(capsys)
+        assert end.value.code == 130 and len(calls) == n
+        assert said == f"train.py: stopped; to go on: python train.py --resume '{directory}'"
         main(["--resume", str(directory)])
-        same(directory, home / "whole")
+        assert_same(directory, whole)
 
 
-def test_a_signal_between_two_runs_of_a_race_says_how_to_go_on_too(home, tmp_path, monkeypatch, capsys):
-    real = train.gc.collect
-    monkeypatch.setattr(train.gc, "collect", lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.01) or real())
-    with pytest.raises(SystemExit) as end:
-        main(arguments(TOY | dict(steps=2, cache_dir=home / "cache", out_dir=tmp_path / "race")))
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 130 and said == f"train.py: stopped; to go on: python train.py --resume {tmp_path / 'race'}"
-
-
-# Numbers that are not finite.
-
-@pytest.fixture
-def toy(home):
-    config = Config(**RUN | dict(cache_dir=str(home / "cache"), method="opd", steps=4, score="accuracy",
-                                 candidates="linear", search_every=0))
-    task = train.Chains(2, 1)
-    return config, task, *load_models(config, task)
-
-
-def poison(monkeypatch, step, where):
-    """The loss, or only its gradient, is not finite at one step."""
-    real, calls = train.loss_of, []
-
-    def loss_of(*args):
-        calls.append(0)
-        loss = real(*args)
-        if len(calls) != step:
-            return loss
-        if where == "loss":
-            return loss * math.nan
-        return loss + 0 * (args[4] - args[4].detach()).abs().sqrt().sum()      # its value 0, its slope inf * 0
-
-    monkeypatch.setattr(train, "loss_of", loss_of)
-
-
-@pytest.mark.parametrize("where, words", [("loss", "step 3: the loss is nan"), ("gradient", "step 3: the gradient's norm is nan, the loss ")])
-def test_a_number_that_is_not_finite_stops_the_run(where, words, toy, tmp_path, monkeypatch):
-    config, task, student, teacher = toy
-    poison(monkeypatch, 3, where)
-    (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError) as error:
-        train.distil(config, task, student, teacher, tmp_path / "run", "")
-    assert words in str(error.value) and str(tmp_path / "run" / "checkpoints" / "step_000002") in str(error.value)
-    assert ("not finite in model." in str(error.value)) == (where == "gradient")
-    assert all(p.isfinite().all() for p in student.parameters())
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_or_is_skipped_and_counted(where, toy, tmp_path, monkeypatch):
-    config, task, student, teacher = toy
-    poison(monkeypatch, 2, where)
-    (tmp_path / "run").mkdir()
-    config = dataclasses.replace(config, skip_nonfinite=True, method="effopd", score="batch_kl")
-    summary = train.distil(config, task, student, teacher, tmp_path / "run", "")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert summary["skipped"] == 1 and [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert ["skipped" in line for line in lines] == [False, True, False, False] and lines[1]["loss"] is None
-    assert [s["step"] for s in map(json.loads, (tmp_path / "run" / "search.jsonl").read_text().splitlines())] == [1, 4]
-    before, after = (load_file(tmp_path / "run" / "checkpoints" / name / "model.safetensors")
-                     for name in ("step_000002", "final"))
-    assert all(p.isfinite().all() for p in student.parameters()) and any(not torch.equal(before[k], after[k]) for k in after)
-
-
-# Files that are damaged.
-
-GARBAGE = [b"", b"\0" * 100, b"{", "half"]
-
-
-def damage(path, how):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2] if how == "half" else how)
-
+# Damaged, refused, finished.
 
 @pytest.fixture(scope="module")
-def stopped(home):
-    """A run that was killed after step 12 of 18."""
-    def dies():
-        real = train.save_state
-
-        def save(run, states):
-            real(run, states)
-            if run.record["step"] == 12:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        train.save_state = save
-        main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=home / "stopped")))
-
-    assert status_of(child(dies)) == -signal.SIGKILL
-    return home / "stopped"
+def stopped(cache_dir, tmp_path_factory):
+    """The directory of a run that was killed in step 14, its state from step 12."""
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    run_killed_in_step(14, directory, cache_dir)
+    return directory
 
 
-def copy_of(directory, target):
-    train.shutil.copytree(directory, target)
-    return target
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("how", GARBAGE)
-@pytest.mark.parametrize("name, words", [
-    ("state.pt", "is damaged"), ("log.jsonl", None), ("search.jsonl", None),
-    ("checkpoints/step_000004/model.safetensors", "step_000004 is damaged")])
-def test_a_damaged_file_is_named_and_done_without(name, words, how, stopped, home, tmp_path, capsys):
-    run = copy_of(stopped, tmp_path / "run")
-    damage(run / name, how)
+class Bomb:
+    """A pickle of it makes a directory where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["", "\0" * 100, "{", "half", "code", "other"])
+def test_a_damaged_state_is_one_line(how, stopped, tmp_path, capsys):
+    state = shutil.copytree(stopped, tmp_path / "run") / "state.pt"
+    if how == "half":
+        state.write_bytes(state.read_bytes()[:state.stat().st_size // 2])
+    elif how in ("code", "other"):
+        torch.save({"student": Bomb(tmp_path / "boom") if how == "code" else {}}, state)
+    else:
+        state.write_text(how)
+    before = contents(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        main(["--resume", str(tmp_path / "run")])
+    said = last_line(capsys)
+    assert end.value.code == 2 and f"{state} is damaged" in said and "remove it" in said
+    assert contents(tmp_path / "run").keys() == before.keys() and not (tmp_path / "boom").exists()
+    assert state.read_bytes() == before[state]
+
+
+def test_without_its_state_a_run_begins_again(stopped, whole, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "state.pt").unlink()
     main(["--resume", str(run)])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(run))]
-    assert [words in line for line in said] == ([] if words is None else [True])
-    if "checkpoints" in name:                                 # that one is lost; all else is as if nothing had been
-        damaged = run / "checkpoints" / "step_000004" / "model.safetensors"
-        train.shutil.copy(home / "whole" / "checkpoints" / "step_000004" / "model.safetensors", damaged)
-    same(run, home / "whole")
+    assert_same(run, whole)
 
 
-def test_both_states_damaged_is_one_line(stopped, tmp_path, capsys):
-    run = copy_of(stopped, tmp_path / "run")
-    for name in ("state.pt", "state_previous.pt"):
-        damage(run / name, b"not a state")
-    files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit):
-        main(["--resume", str(run)])
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "no state that can be read" in said and f"--student {run / 'checkpoints' / 'step_000008'}" in said
-    assert files == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}             # nothing was touched
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"steps": "many"}', '{"method": "opd", "lerning_rate": 3}'])
-def test_damaged_settings_are_one_line(text, stopped, tmp_path, capsys):
-    run = copy_of(stopped, tmp_path / "run")
+@pytest.mark.parametrize("text, words", [
+    ("", "holds no settings"), ("{", "holds no settings"), ("[]", "holds no settings"),
+    ("null", "holds no settings"), ('{"versions": 1, "steps": "many"}', "holds no settings"),
+    ('{"versions": 1, "lerning_rate": 3}', "holds no settings"),
+    ('{"versions": 1, "device": "cuda:99"}', "--device cuda:99: torch sees")])
+def test_damaged_settings_are_one_line(text, words, stopped, tmp_path, capsys):
+    run = shutil.copytree(stopped, tmp_path / "run")
     (run / "config.json").write_text(text)
     with pytest.raises(SystemExit) as end:
         main(["--resume", str(run)])
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and len(said.splitlines()) == 1 and f"{run / 'config.json'} is damaged" in said
+    said = last_line(capsys)
+    assert end.value.code == 2 and said.startswith("train.py: --resume: ")
+    assert str(run / "config.json") in said and words in said
+    assert contents(run)[run / "state.pt"] == (stopped / "state.pt").read_bytes()
 
 
-def test_settings_that_do_not_work_here_are_not_called_damaged(stopped, tmp_path, capsys):
-    run = copy_of(stopped, tmp_path / "run")
-    settings = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(settings | dict(device="cuda:99")))
-    with pytest.raises(SystemExit):
-        main(["--resume", str(run)])
-    said = capsys.readouterr().err.strip()
-    assert "config.json: --device cuda:99: this torch sees" in said and "damaged" not in said
+def test_a_resume_takes_no_other_settings(stopped, capsys):
+    before = contents(stopped)
+    for words in (["--lr", "1"], ["--seed=3"]):
+        with pytest.raises(SystemExit) as end:
+            main(["--resume", str(stopped), *words])
+        assert end.value.code == 2 and "leave the others out" in last_line(capsys)
+    assert contents(stopped) == before
 
 
-def test_a_state_with_code_in_it_is_not_run(stopped, tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "boom"),)
-
-    run = copy_of(stopped, tmp_path / "run")
-    for name in ("state.pt", "state_previous.pt"):
-        torch.save(dict(record=Bomb(), student={}, optimizer={}, effopd={}, random={}), run / name)
-    with pytest.raises(SystemExit):
-        main(["--resume", str(run)])
-    assert not (tmp_path / "boom").exists()
-
-
-def test_a_finished_run_is_finished(home, tmp_path, capsys):
-    run = copy_of(home / "whole", tmp_path / "run")
-    damage(run / "summary.json", b"")                         # made again from the state
+def test_a_finished_run_is_not_trained_again(whole, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = contents(run)
+    monkeypatch.setitem(train.METHODS, "effopd", lambda *_: pytest.fail("it is trained again"))
     main(["--resume", str(run)])
-    same(run, home / "whole")
+    assert "after 18 steps" in capsys.readouterr().out
+    after = contents(run)
+    assert all(after[path] == before[path] for path in before if path.name != "config.json")
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--resume", "nowhere"], "there is no nowhere/config.json"),
-    (["--resume", "nowhere", "--lr", "1", "--seed=3"], "leave out --lr, --seed")])
-def test_bad_resumes_are_one_line(args, words, capsys):
+@pytest.mark.parametrize("name", ["base/model.safetensors", "base/config.json",
+                                  "teacher/model.safetensors", "control.json"])
+def test_a_damaged_cache_says_what_to_remove(name, whole, cache_dir, tmp_path, capsys):
+    cache = shutil.copytree(cache_dir, tmp_path / "cache")
+    for path in cache.glob(f"*/{name}"):
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
     with pytest.raises(SystemExit) as end:
-        main(args)
-    assert end.value.code == 2 and words in capsys.readouterr().err
+        begin(tmp_path / "run", cache)
+    said = last_line(capsys)
+    assert end.value.code == 2 and str(cache) in said and "is damaged" in said and "remove" in said
 
 
-@pytest.mark.parametrize("how", GARBAGE)
-@pytest.mark.parametrize("name", ["base/model.safetensors", "base/config.json", "teacher/model.safetensors"])
-def test_a_damaged_cache_says_what_to_remove(name, how, home, tmp_path, capsys):
-    cache = copy_of(home / "cache", tmp_path / "cache")
-    damage(next(cache.glob(f"*/{name}")), how)
-    with pytest.raises(SystemExit):
-        main(arguments(RUN | dict(cache_dir=cache, out_dir=tmp_path / "run")))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "remove it and it will be made again" in said[0] and str(cache) in said[0]
-    assert not (tmp_path / "run").exists()
+def test_a_full_disk_is_one_line_and_leaves_the_old_state(
+        whole, cache_dir, tmp_path, monkeypatch, capsys):
+    save, saves = torch.save, []
 
-
-def test_two_processes_may_make_the_cache_at_once(home, tmp_path):
-    def run(n):
-        main(arguments(RUN | dict(steps=1, cache_dir=tmp_path / "cache", out_dir=tmp_path / str(n))))
-
-    assert [status_of(pid) for pid in [child(lambda: run(n)) for n in range(2)]] == [0, 0]
-    same(tmp_path / "0", tmp_path / "1")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_the_cache_survives_a_kill_at_any_moment(home, tmp_path):
-    def run():
-        main(arguments(RUN | dict(steps=1, cache_dir=tmp_path / "cache", out_dir=tmp_path / f"run-{time.time_ns()}")))
-
-    rng = random.Random(0)
-    for _ in range(4):
-        pid = child(run)
-        time.sleep(rng.uniform(0.02, 0.4))
-        os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
-    run()
-    made = [p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("unfinished")]
-    assert len(made) == 1
-    ours, theirs = (load_file(next(p.glob("*/teacher/model.safetensors"))) for p in (tmp_path / "cache", home / "cache"))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
-# The disk.
-
-def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(home, tmp_path, monkeypatch, capsys):
-    real, saves = torch.save, []
-
-    def save(state, f):
-        saves.append(0)
-        if len(saves) == 4:                                   # at steps 0, 1, 2 it went well
-            f.write(b"half of it")
+    def full(state, path):
+        saves.append(1)
+        if len(saves) == 3:                                   # those of steps 3 and 6 went well
+            Path(path).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(state, f)
+        save(state, path)
 
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(SystemExit) as end:
-        main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=tmp_path / "run")))
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and "state.pt could not be written: [Errno 28] No space left on device" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as end:
+            begin(tmp_path / "run", cache_dir)
+    said = last_line(capsys)
+    assert end.value.code == 2 and "state.pt could not be written: [Errno 28] No space left" in said
     assert not list(tmp_path.rglob("*.part"))
-    monkeypatch.undo()
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["own"]["step"] == 6
     main(["--resume", str(tmp_path / "run")])
-    same(tmp_path / "run", home / "whole")
-
-
-def test_too_little_space_is_said_before_training(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 1000))
-    monkeypatch.setattr(train, "distil", lambda *_: pytest.fail("there is no room for it"))
-    with pytest.raises(SystemExit):
-        main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=tmp_path / "run")))
-    assert "0.0 GB free" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
-def test_a_directory_that_cannot_be_made_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load", lambda _: pytest.fail("too late"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as end:
-        main(arguments(TOY | dict(out_dir=tmp_path / "file" / "run")))
-    assert end.value.code == 2 and "file/run" in capsys.readouterr().err
-
-
-def test_a_file_is_all_or_nothing(tmp_path):
-    path = tmp_path / "value.json"
-    train.write_json(path, [1])
-    with pytest.raises(TypeError):
-        train.write_json(path, [2, object()])
-    with pytest.raises(OSError, match="value.json could not be written: why"):
-        with train.replacing(path) as scratch:
-            scratch.write_text("[3")
-            raise OSError("why")
-    assert json.loads(path.read_text()) == [1]
-
-
-# The same again.
-
-def test_the_same_seed_gives_the_same_run_bit_for_bit(home, tmp_path):
-    main(arguments(RUN | dict(cache_dir=home / "cache", out_dir=tmp_path / "again")))
-    same(tmp_path / "again", home / "whole")
-    assert GPT.from_pretrained(tmp_path / "again" / "checkpoints" / "final") is not None
+    assert_same(tmp_path / "run", whole)

@@ -231,7 +231,7 @@ def test_pieces_add_up_to_the_gradient_of_the_loss_in_effopd(home, loss, monkeyp
         student.zero_grad()
         config = dataclasses.replace(config, micro_batch_size=rows)
         generator = torch.Generator().manual_seed(0)
-        parts, entry = real.STEPS[method](config, task, student, teacher, problems, generator)
+        parts, entry = real.METHODS[method](config, task, student, teacher, problems, generator)
         assert len(parts) == -(-8 // (rows or 8))
         gradients.append([p.grad.clone() for p in student.parameters()])
         gradients[-1].append(torch.tensor([entry["loss"], entry.get("kl", 0.0)]))
@@ -373,14 +373,14 @@ def test_the_split_is_fixed_by_the_seed_and_disjoint(home, tmp_path, monkeypatch
     for n, seed in enumerate((0, 0, 1)):
         seen, validated = [], []
         step = functools.partial(record_problems, seen)
-        monkeypatch.setitem(real.STEPS, "effopd", step)
+        monkeypatch.setitem(real.METHODS, "effopd", step)
         monkeypatch.setitem(real.SCORES, "accuracy",
                             lambda judge, model: validated.extend(judge.problems) or 0.0)
         config = config_of(home, seed=seed, steps=12)
         task, student, teacher, _ = load_real(config)
         evaluated = train.evaluation_problems(config, task)
         (tmp_path / str(n)).mkdir()
-        train.train(config, task, student, teacher, tmp_path / str(n), "", real.STEPS, real.SCORES)
+        train.train(config, task, student, teacher, tmp_path / str(n), "", real.METHODS, real.SCORES)
         assert len(set(evaluated)) == 4 and len(set(validated)) == 3
         assert set(seen) == set(task.prompts) - set(evaluated) - set(validated)
         assert not set(evaluated) & set(validated)
