@@ -145,7 +145,8 @@ def chunked(loss, hidden, head, *per_token, chunk_size=None):
 # ------------------------------------------------------------------------------------------------
 # Searches. A search decides how far to go along Δ: a function (score_at, improves, last) -> the
 # multiple of Δ to keep, 0 for W_t. score_at(multiple) is the score of W_t + multiple * Δ, NaN where
-# it is not finite; improves(new, old) is the rule of acceptance; last is what the last search kept.
+# it is not finite; improves(new, old) is the rule of acceptance; last is what the last search kept
+# (0 where the learning rate was moved along: then Δ is that long already).
 
 def climb(score_at, improves, best, multiples) -> float:
     """The last of these multiples before the score stops improving on `best`; 0 if none does."""
@@ -171,8 +172,9 @@ def doubling_search(score_at, improves, last, num_candidates=8):
 def line_search(score_at, improves, last, num_candidates=8):
     """Doubling from half of what the last search kept; where that fails at once, the other way.
 
-    The other way: shorter multiples down to 2, then back towards W_prev, -1/2, -3/4, -7/8, ...
-    After a search that kept 16: 8, 16, 32, ...; if 8 fails: 4, 2, then -1/2 (W_t - Δ/2), -3/4, ...
+    The other way: shorter multiples down to 2, then back towards W_prev, -1/2, -3/4, -7/8, ...; it
+    too ends at its first failure. After a search that kept 16: 8, 16, 32, ...; where 8 fails 4, 2,
+    -1/2 (W_t - Δ/2), -3/4, ...
     """
     start = max(2, last / 2)
     doublings = [2 ** k for k in range(1, num_candidates + 1)]
@@ -213,6 +215,7 @@ class EffOPD:
         (score_at, improves, last) -> multiple, see the searches above.
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES), or "all" trainable parameters.
     first_trigger: searches at this step and its doublings. every: also at each multiple (0: off).
+    searches: at most so many (0: no limit).
     move_lr: a search that keeps multiple m, and so finds updates 1 + m times as long to be better,
         multiplies the learning rate by 1 + m. Needs `optimizer`, one or a list. A scheduler that
         computes the rate from its base_lrs undoes it (extras/trl_callback.py moves those too).
@@ -229,18 +232,19 @@ class EffOPD:
     """
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5,
-                 scope="attention+mlp", first_trigger=1, every=0, optimizer=None, move_lr=False,
-                 direction=None, utility_gate=False, alignment_gate=None, seed=0):
+                 scope="attention+mlp", first_trigger=1, every=0, searches=0, optimizer=None,
+                 move_lr=False, direction=None, utility_gate=False, alignment_gate=None, seed=0):
         choose("scope", scope, [*SCOPES, "all"])
-        if num_candidates < 1 or first_trigger < 1 or every < 0:
-            raise ValueError("num_candidates and first_trigger must be 1 or more, every 0 or more")
+        if min(num_candidates, first_trigger) < 1 or min(every, searches) < 0:
+            raise ValueError("num_candidates and first_trigger must be 1 or more, every and "
+                             "searches 0 or more")
         if move_lr and optimizer is None:
             raise ValueError("move_lr needs the optimizer whose learning rate it moves")
         self.model, self.validate, self.seed = model, validate, seed
         self.improves = accept if callable(accept) else ACCEPT[choose("accept", accept, ACCEPT)]
         self.search = candidates if callable(candidates) else functools.partial(
             SEARCHES[choose("candidates", candidates, SEARCHES)], num_candidates=num_candidates)
-        self.first_trigger, self.every = first_trigger, every
+        self.first_trigger, self.every, self.searches = first_trigger, every, searches
         optimizer = [] if optimizer is None else optimizer
         self.optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.move_lr, self.direction = move_lr, direction
@@ -258,6 +262,8 @@ class EffOPD:
 
     def is_trigger(self, t: int) -> bool:
         """Whether a search follows optimiser step t (counted from 1)."""
+        if self.searches and len(self.history) >= self.searches:
+            return False
         quotient, rest = divmod(t, self.first_trigger)
         power_of_two = rest == 0 and quotient.bit_count() == 1
         return power_of_two or bool(self.every and t > 0 and t % self.every == 0)
@@ -298,7 +304,9 @@ class EffOPD:
 
         try:
             if moved and not closed:
-                last = self.history[-1]["multiple"] if self.history else 0
+                last = 0
+                if self.history and not self.move_lr:         # else Δ has grown by 1 + m since
+                    last = self.history[-1]["multiple"]
                 kept = self.search(score_at, self.improves, last)
         finally:                                              # W_t again if validate raised
             self.place(current, moved, kept)

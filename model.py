@@ -438,10 +438,10 @@ class Decoder:
         self.padding = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)    # of the last token sampled
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)    # the last token sampled
-        self.noise = torch.zeros(B, model.tokens_in_use, device=device)
+        self.noise = torch.zeros(B, model.tokens_in_use, dtype=torch.float32, device=device)
         self.temperature = torch.ones((), device=device)
         self.tokens = torch.zeros(B, width, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(B, width, device=device)
+        self.log_probs = torch.zeros(B, width, dtype=torch.float32, device=device)
         self.seen, self.padded = 0, False                     # columns in use; whether with padding
         self.graph = self.capture(width, device) if device.type == "cuda" else None
 

@@ -128,6 +128,7 @@ class Config:
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
     first_trigger: int = setting(1, "the first search follows this step, the next its doublings")
     search_every: int = setting(0, "search also at every multiple of this step (0: off)")
+    searches: int = setting(0, "searches in all, at most (0: no limit)")
     move_lr: bool = setting(False, "a search that keeps multiple m also multiplies lr by 1 + m")
     utility_gate: bool = setting(False, "a jump leaves out parameters of no first-order utility")
     alignment_gate: float = setting(0.0, "no search where Δ's subspace alignment with the last Δ "
@@ -151,7 +152,7 @@ class Config:
 
 
 MAY_BE_0 = {"seed", "save_every", "base_steps", "teacher_steps", "micro_batch_size", "search_every",
-            "alignment_gate"}
+            "searches", "alignment_gate"}
 
 
 def pick_device(name: str) -> str:
@@ -372,7 +373,7 @@ def opd_step(config, task, student, teacher, problems, generator):
         loss_sum += loss.detach()
         kl_sum += reverse_kl(logits.detach(), part.target, part.mask, num_tokens)  # for the log
     rewards = rewards_of(task, problems, answers)
-    return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), num_tokens=num_tokens)
 
 
 def rl_step(config, task, student, teacher, problems, generator):
@@ -388,7 +389,7 @@ def rl_step(config, task, student, teacher, problems, generator):
         loss = policy_gradient(logits, part.tokens, advantage, part.mask, num_tokens)
         loss.backward()
         loss_sum += loss.detach()
-    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), num_tokens=num_tokens)
 
 
 def sft_step(config, task, student, teacher, problems, generator):
@@ -402,7 +403,7 @@ def sft_step(config, task, student, teacher, problems, generator):
         loss.backward()
         loss_sum += loss.detach()
     rewards = rewards_of(task, problems, answers)
-    return parts, dict(loss=loss_sum, reward=fmean(rewards), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, reward=fmean(rewards), num_tokens=num_tokens)
 
 
 METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
@@ -467,6 +468,7 @@ def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path
     loss or a gradient that is not finite.
     """
     if (out_dir / "summary.json").exists():                   # it is finished
+        (out_dir / "state.pt").unlink(missing_ok=True)
         return json.loads((out_dir / "summary.json").read_text())
     held_out = evaluation_problems(config, task)
     dv = task.problems(config.dv_size, random.Random(f"D_v {config.seed}"), set(held_out))
@@ -493,7 +495,7 @@ def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path
             run.seconds += time.perf_counter() - start
             if step.bit_count() == 1:
                 run.save_checkpoint(f"step_{step:06d}")       # before a jump
-            judge.parts, judge.num_tokens = parts, entry["tokens"]
+            judge.parts, judge.num_tokens = parts, entry["num_tokens"]
             entry["lr"] = optimizers[0].param_groups[0]["lr"]
             record = effopd and effopd.step(step)             # jumps, if it is time for a search
             student.zero_grad()
@@ -536,6 +538,7 @@ def make_effopd(config, student, judge, optimizers, cls=EffOPD, **options) -> Ef
     settings = dict(
         accept=config.accept, candidates=candidates, num_candidates=config.num_candidates,
         scope=config.scope, first_trigger=config.first_trigger, every=config.search_every,
+        searches=config.searches,
         optimizer=optimizers, move_lr=config.move_lr, utility_gate=config.utility_gate,
         alignment_gate=config.alignment_gate or None, seed=config.seed)
     return cls(student, judge, **settings | options)
@@ -583,7 +586,7 @@ class Run:
 
     def finish_step(self, step, entry, record):
         """Count, evaluate, log, save. record: of a search, or None."""
-        self.step, self.sampled = step, self.sampled + entry.pop("tokens")
+        self.step, self.sampled = step, self.sampled + entry.pop("num_tokens")
         if record:
             self.seconds += record["seconds"]
             self.searches.append({key: record[key] for key in ("step", "multiple", "lr")})
@@ -643,6 +646,8 @@ class Run:
                 setattr(self, name, value)
             self.judge.sampled, self.judge.scored = state["judge"]
             python_state, torch_state, generator_state = state["random"]
+            if any((self.directory / name).stat().st_size < n for name, n in state["logs"].items()):
+                raise ValueError("the logs have lost lines since it was written")
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{path} is damaged ({first_line(error)}); remove it, and --resume "
                              "begins this run again") from None
@@ -757,6 +762,9 @@ def make_base_and_teacher(config: Config, task, recipe: dict, directory: Path):
         model.save_pretrained(directory / "base")
         fit(model, task, teacher_steps, config.teacher_lr, task.solve, rng, exclude, "teacher")
     model.save_pretrained(directory / "teacher")
+    student = GPT.from_pretrained(directory / "base").to(config.device)
+    control = measure_control(task, student, model, evaluation_problems(config, task))
+    write_json(directory / "control.json", control)
 
 
 def load(config: Config):
@@ -777,17 +785,11 @@ def load(config: Config):
                     raise
     try:
         student, teacher = (GPT.from_pretrained(home / name) for name in ("base", "teacher"))
+        control = json.loads((home / "control.json").read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{home} is damaged ({first_line(error)}): remove it and start again")
-    student, teacher = student.to(config.device), teacher.to(config.device).requires_grad_(False)
-    known = home / "control.json"
-    if not known.exists():
-        problems = evaluation_problems(config, task)
-        write_json(known, measure_control(task, student, teacher, problems))
-    try:
-        return task, student, teacher, json.loads(known.read_text())
-    except ValueError:
-        raise ValueError(f"{known} is damaged: remove it and start again") from None
+    teacher.requires_grad_(False)
+    return task, student.to(config.device), teacher.to(config.device), control
 
 
 def recipe_of(config, task) -> dict:
@@ -984,6 +986,9 @@ def main(args=None, config_class=Config, load=load, command="python train.py", *
         config = parse(args, config_class)
         if config.device != "cpu":
             torch.set_float32_matmul_precision("high")        # TF32 on tensor cores
+        pick("score", config.score, options.get("scores", SCORES))
+        pick("candidates", config.candidates, SEARCHES)
+        pick("task", config.task, TASKS)                      # before any work is done
         out_dir = claim_directory(config)
         config.out_dir = str(out_dir)
         hint = f"to go on: {command} --resume {shlex.quote(str(out_dir))}"

@@ -1,11 +1,10 @@
 """Runs that train.py has no setting for: what a search along Δ is to be compared with.
 
     python -m extras.controls --only update,random,top,tail --seeds 5 --gap habit
-    python -m extras.controls --only first,range_test,prodigy --lr 1e-5 [any setting of train.py]
+    python -m extras.controls --only range_test,prodigy --lr 1e-5 [any setting of train.py]
 
     update, random, top, tail   EffOPD by batch KL along Δ, or along another direction (`redirect`)
-    first                       the learning-rate finder, with its first search only
-    range_test                  the same, but the rate alone moves: W_1 stays where it is
+    range_test                  one search after step 1 that moves the learning rate, but not W_1
     prodigy                     OPD with an optimiser that has no learning rate (pip install prodigyopt)
     batch_kl, heldout_kl, rollout_kl, accuracy_50, accuracy_200
                                 the finder, judged by each of these
@@ -24,7 +23,7 @@ from unittest import mock
 import torch
 
 import train
-from effopd import EffOPD, line_search, reverse_kl
+from effopd import EffOPD, reverse_kl
 from extras.sweep import in_short, keep
 from train import evaluate, pack
 
@@ -51,21 +50,6 @@ def redirect(delta, kind: str):
         part = slice(0, k) if kind == "top" else slice(k, None)
         other = (U[:, part] * sigma[part] @ Vh[part]).to(delta.dtype)            # (m, n)
     return other * (delta.norm() / other.norm())
-
-
-# ------------------------------------------------------------------------------------------------
-# The finder, less of it.
-
-def first_search():
-    """The line search the first time, and none later."""
-    searched = []
-
-    def search(score_at, improves, last):
-        if searched:
-            return 0
-        searched.append(True)
-        return line_search(score_at, improves, last, LINE["num_candidates"])
-    return search
 
 
 class RangeTest(EffOPD):
@@ -114,8 +98,7 @@ def controls() -> dict:
     directions = {kind: (LINE, dict(direction=lambda delta, kind=kind: redirect(delta, kind)))
                   for kind in ("random", "top", "tail")}
     return {"update": (LINE, {}), **directions,
-            "first": (FINDER, dict(candidates=first_search())),
-            "range_test": (FINDER, dict(candidates=first_search(), cls=RangeTest)),
+            "range_test": (FINDER | dict(searches=1), dict(cls=RangeTest)),
             "prodigy": (dict(method="opd"), {}),
             "batch_kl": (FINDER, {}),
             "heldout_kl": (FINDER, dict(scores={"batch_kl": heldout_kl()})),

@@ -183,7 +183,7 @@ def opd_step(config, task, student, teacher, problems, generator):
                 kl_sum += kl_of(student, teacher, hidden, part.target, num_tokens)
     kl = loss_sum if config.loss == "full" else kl_sum
     rewards = rewards_of(task, problems, answers)
-    return parts, dict(loss=loss_sum, kl=kl, reward=fmean(rewards), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, kl=kl, reward=fmean(rewards), num_tokens=num_tokens)
 
 
 def rl_step(config, task, student, teacher, problems, generator):
@@ -215,7 +215,7 @@ def weighted_step(config, task, student, problems, answers, rewards, advantages)
         loss = policy_loss(student, hidden, tokens, of_tokens, num_tokens)
         loss.backward()
         loss_sum += loss.detach()
-    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), tokens=num_tokens)
+    return parts, dict(loss=loss_sum, reward=rewards.mean().item(), num_tokens=num_tokens)
 
 
 METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}

@@ -35,7 +35,7 @@ import train
 from analyze import interval
 from train import Config, first_at
 
-UNITS = {"step": ".1f", "sampled": ",.0f", "scored": ",.0f", "seconds": ".1f"}  # and their format
+UNITS = ("step", "sampled", "scored", "seconds")              # of cost
 POINT = ("step", "accuracy", "sampled", "scored", "seconds")   # of a curve, as it is kept
 OWN = ("out_dir", "cache_dir", "resume", "device")            # of a run, not of a grid
 
@@ -214,9 +214,35 @@ def cell(stats: dict, form: str, mean_only=False) -> str:
     return f"{stats['mean']:{form}} [{stats['low']:{form}}, {stats['high']:{form}}]"
 
 
-def print_table(head: list[str], lines: list[list[str]]):
-    for line in [head, ["---"] * len(head), *lines]:
-        print("| " + " | ".join(line) + " |")
+def accuracy_table(table: dict, at: list[int]) -> list[list[str]]:
+    """Rows of cells: n, the final accuracy, that after the steps in `at`."""
+    columns = ["final", *(f"at {step}" for step in at)]
+    rows = [["", "n", *columns], ["---"] * (2 + len(columns))]
+    for name, stats in table.items():
+        cells = [cell(stats[column], ".3f") for column in columns]
+        rows.append([name, str(stats["final"]["n"]), *cells])
+    return rows
+
+
+def cost_table(table: dict) -> list[list[str]]:
+    """Rows of cells: seeds that reached the target, steps and tokens to it, ratios of those."""
+    head = ["", "reached, target", "steps", "tokens sampled + only scored", "times fewer steps",
+            "times fewer tokens"]
+    rows = [head, ["---"] * len(head)]
+    for name, stats in table.items():
+        n = stats["reached"]["n"]
+        reached = round(n and stats["reached"]["mean"] * n)
+        bound = "" if reached == n else ">= "
+        tokens = [cell(stats[key], ",.0f", mean_only=True) for key in ("sampled", "scored")]
+        ratios = [stats["fewer steps"], stats["fewer tokens"]]
+        rows.append([name, f"{reached} of {n}, {cell(stats['goal'], '.3f', mean_only=True)}",
+                     bound + cell(stats["step"], ".1f"), bound + " + ".join(tokens),
+                     *(cell(ratio, ".1f") if reached == n else "-" for ratio in ratios)])
+    return rows
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def print_tables(kept: dict, table: dict, at: list[int]):
@@ -224,25 +250,9 @@ def print_tables(kept: dict, table: dict, at: list[int]):
         words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in kept["control"].items()]
         print("\nAccuracies without distillation: " + ", ".join(words))
     print("\nAccuracy: mean [95% interval] over seeds\n")
-    columns = [f"at {step}" for step in at]
-    lines = []
-    for row, stats in table.items():
-        accuracies = [cell(stats[column], ".3f") for column in ["final", *columns]]
-        lines.append([row, str(stats["final"]["n"]), *accuracies])
-    print_table(["", "n", "final", *columns], lines)
-    print("\nCosts to the target accuracy, searches included\n")
-    lines = []
-    for row, stats in table.items():
-        n = stats["reached"]["n"]
-        reached = round(n and stats["reached"]["mean"] * n)
-        bound = "" if reached == n else ">= "
-        costs = [bound + cell(stats[unit], form, mean_only=unit in ("sampled", "scored"))
-                 for unit, form in UNITS.items()]
-        times = [stats[name] for name in ("fewer steps", "fewer tokens")]
-        lines.append([row, cell(stats["goal"], ".3f", mean_only=True), f"{reached} of {n}", *costs,
-                      *(cell(stat, ".1f") if stat["n"] == n else "-" for stat in times)])
-    print_table(["", "target", "reached", "steps", "tokens sampled", "only scored", "seconds",
-                 "times fewer steps", "times fewer tokens"], lines)
+    print(as_markdown(accuracy_table(table, at)))
+    print("Costs to the target accuracy, searches included\n")
+    print(as_markdown(cost_table(table)), end="")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,7 +282,7 @@ def draw(kept: dict, table: dict, path: Path, title: str):
     control = kept["control"] or {}
     if "student_at_best_temperature" in control:              # extras.real: only with --control
         mark(control["student_at_best_temperature"], color="grey", linestyle=":",
-             label="untrained, at its best temperature")
+             label="not distilled, at its best temperature")
     if "teacher" in control:
         mark(control["teacher"], color="black", linewidth=0.8, label="teacher")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -7,10 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from pathlib import Path
 
+import train                                                  # before torch, see there
 import pytest
 import torch
 
-import train
 from model import GPT, GPTConfig
 
 # Settings of train.py with which a run takes a second: chains of one operation, 300 of them in all.

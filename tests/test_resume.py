@@ -126,7 +126,9 @@ def test_the_run_searches_and_jumps(whole):
     searches = read_lines(whole / "search.jsonl")
     assert [s["step"] for s in searches] == [1, 2, 4, 5, 8, 10, 15, 16]
     assert len({s["lr"] for s in searches}) > 2               # else a lost rate would go unseen
-    assert len(read_lines(whole / "log.jsonl")) == 18
+    log = read_lines(whole / "log.jsonl")                     # a step has the rate it was taken at
+    assert len(log) == 18 and log[0]["lr"] == RUN["lr"]
+    assert all(log[s["step"]]["lr"] == s["lr"] for s in searches)
 
 
 def test_killed_at_ten_random_moments_and_resumed_equals_undisturbed(whole, cache_dir, tmp_path):

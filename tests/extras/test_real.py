@@ -269,7 +269,7 @@ def test_scores_are_train_pys(home):
         config = config_of(home, micro_batch_size=4)
         generator = torch.Generator().manual_seed(0)
         parts, entry = module.opd_step(config, task, student, teacher, problems, generator)
-        judge = train.Judge(None, task, teacher, problems, parts, entry["tokens"])
+        judge = train.Judge(None, task, teacher, problems, parts, entry["num_tokens"])
         torch.manual_seed(5)
         with torch.no_grad():
             values[module] = [float(module.batch_kl(judge, student)), judge.scored,

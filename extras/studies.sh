@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Every table and figure of docs/results.md and docs/analysis.md: the command that makes it, on two
+# cores. Each continues where it was stopped. `bash extras/studies.sh main habit` runs one part; without
+# arguments it runs all, which takes a night.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=${OUT:-assets/sweeps}
+export TQDM_DISABLE=${TQDM_DISABLE:-1}
+
+# What a search is made of, as values of a grid.
+paper=method=effopd+lr=1e-4
+triggers=method=effopd+lr=1e-4+score=batch_kl+candidates=doubling+num_candidates=8
+by_line=method=effopd+score=batch_kl+candidates=line+num_candidates=14+scope=all
+line=$by_line+search_every=1
+finder=$by_line+move_lr=1
+once=$finder+searches=1
+
+settings() {  # of a gap: as many steps as a tuned OPD needs
+    case $1 in
+        slip) echo --gap slip --steps 16 --eval_every 1 ;;
+        habit) echo --gap habit --steps 48 --eval_every 4 ;;
+        skill) echo --gap skill --steps 64 --eval_every 4 ;;
+    esac
+}
+
+sweep() { # GRID GAP NAME
+    "$python" -m extras.sweep "$1" --out_dir "$out/$3" $(settings "$2")
+}
+
+main() {  # the main table of a gap: OPD's best rates are those of `lr`
+    case $1 in
+        skill) tuned=1e-3 muon=3e-3 ;;
+        *) tuned=1.5e-3 muon=7e-3 ;;
+    esac
+    rows=OPD_tuned+method=opd+lr=$tuned,OPD_Muon_tuned+method=opd+lr=$muon+optimizer=muon
+    rows+=,OPD_1e-4+method=opd+lr=1e-4
+    for dv in 50 1000; do
+        rows+=",paper_>_$dv+$paper+accept=gt+dv_size=$dv,paper_>=_$dv+$paper+accept=ge+dv_size=$dv"
+    done
+    rows+=,batch_KL_at_triggers+$triggers
+    rows+=,line+$line+lr=1e-4,line_Muon+$line+lr=1e-4+optimizer=muon
+    rows+=,finder+$finder+lr=1e-5,finder_Muon+$finder+lr=1e-5+optimizer=muon
+    rows+=,finder_once+$once+lr=1e-5,finder_once_Muon+$once+lr=1e-5+optimizer=muon
+    sweep "label=$rows seed=0:5" "$1" "main-$1"
+}
+
+lr() {  # the learning rate
+    case $1 in
+        skill) adamw=1e-4,3e-4,5e-4,1e-3,1.5e-3,2e-3 muon=5e-4,1e-3,3e-3,5e-3,7e-3,1e-2 ;;
+        *) adamw=1e-4,3e-4,1e-3,1.5e-3,2e-3,3e-3 muon=1e-3,3e-3,5e-3,7e-3,1e-2,2e-2 ;;
+    esac
+    sweep "lr=$adamw label=OPD+method=opd seed=0:5" "$1" "lr-$1"
+    sweep "lr=$muon label=OPD_Muon+method=opd+optimizer=muon seed=0:5" "$1" "lr-$1"
+    if [ "$1" = skill ]; then return; fi
+    searches=finder+$finder,finder_Muon+$finder+optimizer=muon
+    searches+=,finder_once+$once,finder_once_Muon+$once+optimizer=muon
+    searches+=,line+$line,line_Muon+$line+optimizer=muon
+    sweep "lr=1e-6,1e-5,1e-4,1e-3,1e-2 label=$searches seed=0:5" "$1" "lr-$1"
+}
+
+controls() {  # other directions, a range test without a jump, Prodigy, other judges
+    "$python" -m extras.controls --lr 1e-4 --only update,random,top,tail $(settings "$1") \
+        --out_dir "$out/directions-$1"
+    "$python" -m extras.controls --lr 1e-5 --only range_test,prodigy $(settings "$1") \
+        --out_dir "$out/controls-$1"
+    "$python" -m extras.controls --lr 1e-5 $(settings "$1") --out_dir "$out/scores-$1" \
+        --only batch_kl,heldout_kl,rollout_kl,accuracy_50,accuracy_200
+}
+
+foresight() {  # the questions of analyze.py, by gap and by learning rate
+    case $1 in
+        skill) tuned=1e-3 muon=3e-3 ;;
+        *) tuned=1.5e-3 muon=7e-3 ;;
+    esac
+    "$python" -m extras.sweep "label=small+method=opd+lr=1e-4,tuned+method=opd+lr=$tuned,Muon+method=opd+lr=$muon+optimizer=muon seed=0:5" \
+        --out_dir "runs/foresight-$1" --keep_checkpoints $(settings "$1")
+    "$python" analyze.py "runs/foresight-$1" --out_dir "assets/analysis/$1"
+}
+
+if [ $# = 2 ]; then
+    "$1" "$2"
+else
+    for gap in habit slip skill; do
+        for part in main lr controls foresight; do
+            "$part" "$gap"
+        done
+    done
+fi
