@@ -418,13 +418,19 @@ def read(file: Path) -> dict:
     return kept
 
 
+def chosen_rows(table: dict, args) -> dict:
+    """Those of --rows, in its order; _ stands for a blank."""
+    if not args.rows:
+        return table
+    names = args.rows.replace("_", " ").split(",")
+    if not set(names) <= table.keys():
+        raise ValueError(f"--rows: there are {', '.join(table)}")
+    return {name: table[name] for name in names}
+
+
 def show(kept: dict, args, picture: Path):
     """Print the tables and draw the figure."""
-    table = tabulate(kept, args.target, args.at)
-    chosen = args.rows.split(",") if args.rows else list(table)
-    if not set(chosen) <= table.keys():
-        raise ValueError(f"--rows: there are {', '.join(table)}")
-    table = {row: table[row] for row in chosen}
+    table = chosen_rows(tabulate(kept, args.target, args.at), args)
     print_tables(kept, table, args.at)
     draw(kept, table, picture, args.title)
     print(f"\nThe figure is {picture}")

@@ -4,7 +4,8 @@
 
 An example is a block of python in one of EXAMPLES; the block of text after it is what it prints.
 All run in order and share their names. Three spaces and `code` quote a line of the four scripts
-(less its comment).
+(less its comment). After <!-- accuracy FILE.json --at 8 --> or <!-- cost FILE.json --target .9 -->
+stands that table of extras/sweep.py.
 """
 
 import io
@@ -96,6 +97,30 @@ def test_a_number_that_moved_is_seen():
     assert not alike("KL 0.100", "kl 0.100")
 
 
+TABLE = re.compile(r"<!-- (accuracy|cost) (\S+)(.*?) -->\n(?:\|.*\n)*")
+
+
+def with_tables(page: Path) -> str:
+    """The page with its tables made from assets/ now."""
+    from extras import sweep
+
+    def table(match):
+        args, _ = sweep.parse_args(["--redraw", str(ROOT / match[2]), *match[3].split()])
+        numbers = sweep.tabulate(sweep.read(args.redraw), args.target, args.at)
+        numbers = sweep.chosen_rows(numbers, args)
+        rows = sweep.cost_table(numbers)
+        if match[1] == "accuracy":
+            rows = sweep.accuracy_table(numbers, args.at)
+        return f"<!-- {match[1]} {match[2]}{match[3]} -->\n{sweep.as_markdown(rows)}"
+
+    return TABLE.sub(table, page.read_text())
+
+
+@each_page
+def test_tables_are_those_of_the_data(page):
+    assert with_tables(page) == page.read_text(), "python tests/test_docs.py --write"
+
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     lines = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
@@ -138,3 +163,5 @@ if __name__ == "__main__":
         sys.exit("usage: python tests/test_docs.py --write")
     for page, text in run_all().items():
         page.write_text(text)
+    for page in PAGES:
+        page.write_text(with_tables(page))
