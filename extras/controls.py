@@ -5,12 +5,12 @@
 
     update, random, top, tail   EffOPD by batch KL along Δ, or along another direction (`redirect`)
     range_test                  one search after step 1 that moves the learning rate, but not W_1
-    prodigy                     OPD with an optimiser that has no learning rate (pip install prodigyopt)
+    prodigy                     OPD with an optimiser that has no rate (pip install prodigyopt)
     batch_kl, heldout_kl, rollout_kl, accuracy_50, accuracy_200
                                 the finder, judged by each of these
 
-Writes OUT_DIR/sweep.json, which `python -m extras.sweep --redraw` prints and draws, and goes on where
-it was stopped.
+Writes OUT_DIR/sweep.json, which `python -m extras.sweep --redraw` prints and draws, and goes on
+where it was stopped.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 import train
 from effopd import EffOPD, reverse_kl
-from extras.sweep import in_short, keep
+from extras.sweep import in_short, keep, settings_of
 from train import evaluate, pack
 
 LINE = dict(method="effopd", score="batch_kl", candidates="line", num_candidates=14)
@@ -121,7 +121,7 @@ def run_one(name: str, seed: int, words: list[str], directory: Path) -> dict:
     directory.mkdir(parents=True)
     optimizers = prodigy if name == "prodigy" else train.make_optimizers
     with mock.patch.object(train, "make_optimizers", optimizers):
-        summary = train.train(config, task, student, teacher, directory, f"{name} {seed}", **options)
+        summary = train.train(config, task, student, teacher, directory, name, **options)
     shutil.rmtree(directory / "checkpoints")
     return summary | {"control": control}
 
@@ -136,10 +136,12 @@ def main(args=None):
     unknown = sorted(set(names) - set(controls()))
     if unknown:
         parser.error(f"no control is called {unknown[0]}; there are {', '.join(controls())}")
-    file = args.out_dir / "sweep.json"
-    kept = dict(grids=[], shared=[], control=None, versions=train.versions(), runs={})
+    file, settings = args.out_dir / "sweep.json", settings_of(words)
+    kept = dict(grids=[], shared=settings, control=None, versions=train.versions(), runs={})
     if file.exists():
         kept = json.loads(file.read_text())
+    if kept["shared"] != settings:
+        parser.error(f"{args.out_dir} has runs with other settings; name another --out_dir")
     for seed in range(args.seeds):
         for name in names:
             run = f"{name} {seed}"
@@ -148,8 +150,8 @@ def main(args=None):
             directory = args.out_dir / run.replace(" ", "-")
             shutil.rmtree(directory, ignore_errors=True)      # it was stopped in the midst
             summary = run_one(name, seed, words, directory)
-            settings = dict(label=name, seed=str(seed))
-            row = dict(settings=settings, row=name.replace("_", " "), reference=None)
+            own = dict(label=name, seed=str(seed))
+            row = dict(settings=own, row=name.replace("_", " "), reference=None)
             kept["runs"][run] = row | in_short(summary)
             kept["control"] = summary["control"]
             keep(args.out_dir, kept)

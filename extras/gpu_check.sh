@@ -3,7 +3,7 @@
 # and the benchmark at four shapes with random weights.
 #
 #     bash extras/gpu_check.sh                                # writes gpu_check.json, gpu_check.md
-#     DEVICE=cpu TOY=--toy bash extras/gpu_check.sh           # a dry run of this script
+#     DEVICE=cpu SHAPES=toy bash extras/gpu_check.sh          # a dry run of this script
 #
 # Settings, all environment variables: PYTHON (python), SHAPES (see bench.py), PARTS, REPEATS (3),
 # OUT (a directory; .). Exit status 1: something failed; what was measured is written all the same.
@@ -28,7 +28,7 @@ summary=$(tail -n 1 "$SCRATCH/tests" | tr -d '\\"')
 
 cd "$SCRATCH" || exit 1                                       # bench.json is written here
 timeout 300 "$PYTHON" -m extras.bench --device "$DEVICE" --shapes "$SHAPES" --only "$PARTS" \
-    --repeats "${REPEATS:-3}" $TOY | tee table
+    --repeats "${REPEATS:-3}" | tee table
 [ "${PIPESTATUS[0]}" = 0 ] || failed=1
 
 {

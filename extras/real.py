@@ -23,10 +23,7 @@ of micro_batch_size, take 8 GB and 19 GB. Fewer micro-batches are faster: raise 
 room. N x V logits are never in memory at once (effopd.chunked).
 """
 
-from __future__ import annotations
-
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -34,18 +31,16 @@ import random
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import train
 from effopd import (EffOPD, chunked, group_advantages, policy_gradient, reverse_kl,
-                    reverse_kl_top_k, token_log_probs)
+                    reverse_kl_sampled, reverse_kl_top_k, token_log_probs)
 from extras.grading import grade
 from model import GPT, end_tokens, read_json
 from train import Part, evaluate, first_line, pack, rewards_of, sample_answers, setting
@@ -67,12 +62,10 @@ class RealConfig(train.Config):
     no_chat_template: bool = setting(False, "the problem's text is the whole prompt")
     template: str = setting("", "chat template, in Jinja; empty: the student's. The run keeps it, "
                             "with today's date where it asks for one")
-    thinking: bool = setting(False, "let templates that know of thinking (Qwen3) open with it")
     max_new_tokens: int = setting(384, "tokens of an answer at most")
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = setting(
-        "auto", "mixed: computes in bfloat16, the student's weights stay in float32; bfloat16: "
-        "they do not, so small updates round away; the teacher is in bfloat16 in both. auto: "
-        "mixed on a GPU, else float32")
+    dtype: Literal["auto", "float32", "mixed"] = setting(
+        "auto", "mixed: computes in bfloat16, the student's weights stay in float32, the teacher's "
+        "do not. auto: mixed on a GPU, else float32")
     gradient_checkpointing: bool = setting(False, "run layers again in the backward pass")
     offload: bool = setting(False, "keep EffOPD's copies of the weights in CPU memory")
     control: bool = setting(False, "also measure the untrained student at six temperatures: a gap "
@@ -101,26 +94,13 @@ class RealConfig(train.Config):
             raise ValueError(f"--method {self.method} needs --teacher, a checkpoint")
         if not Path(self.data).is_file():
             raise ValueError(f"--data: there is no file {self.data}")
-        if self.system and self.no_chat_template:
-            raise ValueError("--system is part of the chat template: not with --no_chat_template")
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "mixed"
-
-
-BUILT_IN = ("task", "gap", "num_ops", "digits", "hidden_size", "num_hidden_layers", "cache_dir",
-            "num_attention_heads", "base_steps", "teacher_steps", "base_lr", "teacher_lr")
-for name in BUILT_IN:                                         # of no use here: not in --help
-    without_use = copy.copy(RealConfig.__dataclass_fields__[name])
-    without_use.metadata = {"help": argparse.SUPPRESS}
-    RealConfig.__dataclass_fields__[name] = without_use
 
 
 # ------------------------------------------------------------------------------------------------
 # One step of each method, as in train.py, but from hidden states: logits exist a chunk at a time.
 # A part's target is the teacher's hidden states at the answers' N tokens.
-
-LOGITS_AT_ONCE = 2 ** 25       # as in effopd.chunked
-
 
 def states(model, part: Part):
     """Hidden states (N, C) that predict the N tokens of the answers, row after row."""
@@ -137,29 +117,20 @@ def kl_of(student, teacher, hidden, target, num_tokens, top_k=0):
     return chunked(kl, hidden, student.head, target)
 
 
-def policy_loss(student, hidden, tokens, advantages, num_tokens):
-    """Σ of -A log π(y) over num_tokens, for tokens and their advantages (N,)."""
-    def loss(logits, tokens, advantages):
-        return policy_gradient(logits, tokens, advantages, None, num_tokens)
-    return chunked(loss, hidden, student.head, tokens, advantages)
+def sampled_kl_of(student, teacher, part, hidden, num_tokens, discount):
+    """`reverse_kl_sampled` of the part's N tokens. With a discount an answer is not cut up."""
+    def kl(logits, target, tokens):                           # (n, V), (n, teacher's C), (n,)
+        teacher_logits = F.linear(target, teacher.head)                          # (n, V)
+        return reverse_kl_sampled(logits[None], teacher_logits[None], tokens[None],
+                                  torch.ones_like(tokens[None]), discount, num_tokens)
 
-
-@torch.no_grad()
-def log_probs_of(model, hidden, tokens):
-    """log π(y) of tokens (N,) at hidden states (N, C), without a gradient: (N,)."""
-    rows = max(1, LOGITS_AT_ONCE // len(model.head))
-    pieces = zip(hidden.split(rows), tokens.split(rows))
-    return torch.cat([token_log_probs(F.linear(h, model.head.to(h.dtype)), y) for h, y in pieces])
-
-
-def sampled_kl_loss(student, teacher, part, hidden, num_tokens, discount):
-    """`reverse_kl_sampled`: a policy gradient whose cost is log π - log π*, or its return-to-go."""
     tokens = part.tokens[part.mask]                                              # (N,)
-    cost = log_probs_of(student, hidden, tokens) - log_probs_of(teacher, part.target, tokens)
-    if discount:
-        rows = cost.new_zeros(part.mask.shape).masked_scatter(part.mask, cost)   # (b, T)
-        cost = rows.flip(1).cumsum(1).flip(1)[part.mask]                         # Σ over t' >= t
-    return policy_loss(student, hidden, tokens, -cost, num_tokens)
+    if not discount:
+        return chunked(kl, hidden, student.head, part.target, tokens)
+    lengths = part.mask.sum(1).tolist()
+    answers = zip(hidden.split(lengths), part.target.split(lengths), tokens.split(lengths))
+    return sum(chunked(kl, h, student.head, target, y, chunk_size=len(y))
+               for h, target, y in answers)
 
 
 def opd_step(config, task, student, teacher, problems, generator):
@@ -174,16 +145,14 @@ def opd_step(config, task, student, teacher, problems, generator):
             top_k = config.top_k if config.loss == "top_k" else 0
             loss = kl_of(student, teacher, hidden, part.target, num_tokens, top_k)
         else:
-            discount = config.loss == "sequence"
-            loss = sampled_kl_loss(student, teacher, part, hidden, num_tokens, discount)
+            discount = 1.0 if config.loss == "sequence" else 0.0
+            loss = sampled_kl_of(student, teacher, part, hidden, num_tokens, discount)
         loss.backward()
         loss_sum += loss.detach()
-        if config.loss != "full":
-            with torch.no_grad():
-                kl_sum += kl_of(student, teacher, hidden, part.target, num_tokens)
-    kl = loss_sum if config.loss == "full" else kl_sum
+        with torch.no_grad():                                 # for the log
+            kl_sum += kl_of(student, teacher, hidden, part.target, num_tokens)
     rewards = rewards_of(task, problems, answers)
-    return parts, dict(loss=loss_sum, kl=kl, reward=fmean(rewards), num_tokens=num_tokens)
+    return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), num_tokens=num_tokens)
 
 
 def rl_step(config, task, student, teacher, problems, generator):
@@ -206,13 +175,16 @@ def sft_step(config, task, student, teacher, problems, generator):
 
 def weighted_step(config, task, student, problems, answers, rewards, advantages):
     """RL's policy gradient; cross-entropy where all advantages (B,) are 1."""
+    def policy_loss(logits, tokens, advantages):                                 # (n, V), (n,), (n,)
+        return policy_gradient(logits, tokens, advantages, None, num_tokens)
+
     parts, num_tokens = pack(task, problems, answers, student.device, config.micro_batch_size)
     advantages = advantages.to(student.device)[:, None]                          # (B, 1)
     loss_sum = 0.0
     for part, advantage in zip(parts, advantages.split(len(parts[0].ids))):
         of_tokens = advantage.expand(part.mask.shape)[part.mask]                 # (N,)
-        hidden, tokens = states(student, part), part.tokens[part.mask]           # (N, C), (N,)
-        loss = policy_loss(student, hidden, tokens, of_tokens, num_tokens)
+        tokens = part.tokens[part.mask]                                          # (N,)
+        loss = chunked(policy_loss, states(student, part), student.head, tokens, of_tokens)
         loss.backward()
         loss_sum += loss.detach()
     return parts, dict(loss=loss_sum, reward=rewards.mean().item(), num_tokens=num_tokens)
@@ -287,7 +259,7 @@ def make_search(student, judge, **settings) -> EffOPD:
 # The two models.
 
 def load_real(config: RealConfig):
-    """The task, student, teacher (or None), and what the teacher's accuracy is.
+    """The task, student, teacher (or None), and accuracies to compare results with.
 
     ValueError where the models, their tokenizers or the data do not go together.
     """
@@ -295,39 +267,23 @@ def load_real(config: RealConfig):
     student.gradient_checkpointing = config.gradient_checkpointing
     student.precision = torch.bfloat16 if config.dtype == "mixed" else None
     student.tokens_in_use = max(tokenizer.get_vocab().values()) + 1    # other rows are padding
+    student.config.eos_token_id = ends
     context = student.config.max_position_embeddings
     if not config.teacher or config.method == "rl":
-        student.config.eos_token_id = ends
         return WordProblems(config, tokenizer, ends, context), student, None, {}
     teacher, teacher_tokenizer, teacher_ends = load_model("teacher", config)
     teacher.requires_grad_(False)
     teacher.tokens_in_use = student.tokens_in_use
     same_vocabulary(tokenizer, teacher_tokenizer)
-    if teacher_ends != ends:
-        print(f"Ends        of the student {ends}, of the teacher {teacher_ends}: any of them ends "
-              "an answer, and the saved student names all")
-    if not config.no_chat_template and teacher_tokenizer.chat_template != tokenizer.chat_template:
-        print("Template    the teacher's own is another: both are given the student's")
-    student.config.eos_token_id = end_tokens(ends, teacher_ends)
+    ends = end_tokens(ends, teacher_ends)                     # any of them ends an answer
+    student.config.eos_token_id = ends                        # and is saved with the student
     context = min(context, teacher.config.max_position_embeddings)
-    task = WordProblems(config, tokenizer, student.config.eos_token_id, context)
+    task = WordProblems(config, tokenizer, ends, context)
     canary(config, task, teacher)
-    return task, student, teacher, measure_control(config, task, student, teacher)
-
-
-def measure_control(config, task, student, teacher) -> dict:
-    """Accuracies to compare results with; a resumed run takes those that it began with."""
-    kept = Path(config.out_dir) / "control.json"
-    if config.out_dir and kept.is_file():
-        return json.loads(kept.read_text())
     problems = train.evaluation_problems(config, task)
     if config.control:
-        control = train.measure_control(task, student, teacher, problems)
-    else:
-        control = {"teacher": evaluate(teacher, task, problems)[0]}
-    if config.out_dir:
-        train.write_json(kept, control)
-    return control
+        return task, student, teacher, train.measure_control(task, student, teacher, problems)
+    return task, student, teacher, {"teacher": evaluate(teacher, task, problems)[0]}
 
 
 def load_model(role: str, config) -> tuple:
@@ -335,23 +291,19 @@ def load_model(role: str, config) -> tuple:
     from transformers import AutoTokenizer
     name = getattr(config, role)
     print(f"Loading     {role} {name}", flush=True)
-    low = config.dtype == "bfloat16" or config.dtype == "mixed" and role == "teacher"
+    low = config.dtype == "mixed" and role == "teacher"
     model = GPT.from_pretrained(name, torch.bfloat16 if low else torch.float32).to(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.source)
-    except Exception as error:                                # a broken file can raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model.source} has no tokenizer that loads: {reason}") from None
-    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
-        raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model "
-                         f"only {model.config.vocab_size}")
-    try:
         generation = read_json(model.source / "generation_config.json")
         ends = end_tokens(tokenizer.eos_token_id, model.config.eos_token_id,
                           generation.get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{model.source}/generation_config.json cannot be read: "
+    except Exception as error:                                # a broken file can raise anything
+        raise ValueError(f"{model.source}: its tokenizer or generation_config.json cannot be read: "
                          f"{first_line(error)}") from None
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
+        raise ValueError(f"{model.source}: the tokenizer has {len(tokenizer)} tokens, the model "
+                         f"only {model.config.vocab_size}")
     if not ends:
         raise ValueError(f"{model.source} names no end token, so an answer would never end")
     return model, tokenizer, ends
@@ -372,14 +324,12 @@ def same_vocabulary(student, teacher):
 def canary(config, task, teacher):
     """ValueError for a teacher that finds its own most probable answers improbable."""
     problems = task.problems(4, random.Random("canary"))
-    prompts = [task.encode(problem) for problem in problems]
-    tokens = min(32, task.max_response)
-    rollout = teacher.generate(prompts, tokens, temperature=0, eos_token_id=task.end)
-    answers = [row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist())]
+    answers = sample_answers(teacher, task, problems, None, temperature=0)
+    answers = [answer[:32] for answer in answers]             # (N, V) logits stay small
     (part,), _ = pack(task, problems, answers, teacher.device)
     with torch.no_grad():
-        hidden = states(teacher, part)                                           # (N, C)
-    mean = log_probs_of(teacher, hidden, part.tokens[part.mask]).mean().item()
+        logits = F.linear(states(teacher, part), teacher.head)                   # (N, V)
+    mean = token_log_probs(logits, part.tokens[part.mask]).mean().item()
     uniform = -math.log(teacher.tokens_in_use)
     print(f"Teacher     begins an answer with {task.decode(answers[0])!r}\n            mean "
           f"log-probability of such {mean:.2f} a token (of guessing: {uniform:.2f})", flush=True)
@@ -402,15 +352,14 @@ class WordProblems:
 
     def __init__(self, config: RealConfig, tokenizer, end: list[int], context: int):
         self.config, self.tokenizer, self.end, self.context = config, tokenizer, end, context
-        self.vocab_size, self.max_response = len(tokenizer), config.max_new_tokens
+        self.max_response = config.max_new_tokens
         self.rollout_batch_size = config.rollout_batch_size
         self.solutions, self.prompts = {}, {}                 # by problem: a text, token ids
         self.unchanged()
         if not config.no_chat_template:
             self.fix_template()
-        print(f"Reading     {config.data}", flush=True)
-        lines, refused = read_jsonl(config.data, config.prompt_field, config.answer_field), []
-        for number, problem, solution in tqdm(lines, "problems", delay=2, dynamic_ncols=True):
+        refused = []
+        for number, problem, solution in read_jsonl(config):
             try:
                 self.add(problem, solution)
             except ValueError as error:
@@ -421,12 +370,10 @@ class WordProblems:
         if len(self.prompts) < needed:
             raise ValueError(f"{config.data} has {len(self.prompts)} different problems, and "
                              f"--eval_size, --dv_size and a batch need {needed}{left_out}")
-        lengths = sorted(map(len, self.prompts.values()))
-        print(f"Data        {len(lengths):,} problems: {config.eval_size} for evaluation, "
-              f"{config.dv_size} for D_v, the rest to train on{left_out}")
-        print(f"Prompt      {tokenizer.decode(min(self.prompts.values(), key=len))!r}\n            "
-              f"the shortest; {lengths[0]} to {lengths[-1]} tokens; an answer ends at "
-              f"{', '.join(repr(tokenizer.decode([token])) for token in end)}", flush=True)
+        shortest = min(self.prompts.values(), key=len)
+        print(f"Data        {len(self.prompts):,} problems: {config.eval_size} for evaluation, "
+              f"{config.dv_size} for D_v, the rest to train on{left_out}\n"
+              f"Prompt      {tokenizer.decode(shortest)!r}", flush=True)
 
     def unchanged(self):
         """ValueError if the data file is not what the run began with."""
@@ -456,36 +403,28 @@ class WordProblems:
         if not grade(solution, solution):
             raise ValueError(f"its own answer is not graded right: {solution[-60:]!r}")
         prompt = self.prompt_of(problem)
-        if len(prompt) + self.max_response > self.context:
-            raise ValueError(f"a prompt of {len(prompt)} tokens and --max_new_tokens "
-                             f"{self.max_response} exceed the context of {self.context}")
+        length = len(prompt) + self.max_response
         if self.config.method == "sft" and not self.config.teacher:
-            length = len(prompt) + len(self.encode_answer(solution))
-            if length > self.context:
-                raise ValueError(f"prompt and answer of {length} tokens exceed the context of "
-                                 f"{self.context}")
+            length = max(length, len(prompt) + len(self.encode_answer(solution)))
+        if length > self.context:
+            raise ValueError(f"prompt and answer of {length} tokens (--max_new_tokens "
+                             f"{self.max_response}) exceed the context of {self.context}")
         self.solutions[problem], self.prompts[problem] = solution, prompt
 
     def prompt_of(self, problem: str) -> list[int]:
         config = self.config
         if config.no_chat_template:
-            return self.without_end(self.tokenizer(problem).input_ids)
+            tokens = self.tokenizer(problem).input_ids
+            return tokens[:-1] if tokens[-1] in self.end else tokens    # some append their end
         chat = [{"role": "system", "content": config.system}] if config.system else []
         chat.append({"role": "user", "content": problem})
         try:
             return self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=False,
-                enable_thinking=config.thinking)              # which other templates ignore
+                enable_thinking=False)                        # for Qwen3's; others ignore it
         except Exception as error:                            # a template can raise anything
-            hint = ", or leave --system out" if config.system else ""
-            raise ValueError(f"the student's chat template fails: {first_line(error)}; "
-                             f"--no_chat_template does without it{hint}") from None
-
-    def without_end(self, tokens: list[int]) -> list[int]:
-        """Some tokenizers append their end token to any text."""
-        while tokens and tokens[-1] in self.end:
-            tokens = tokens[:-1]
-        return tokens
+            raise ValueError(f"the chat template fails: {first_line(error)}; --no_chat_template "
+                             "does without it") from None
 
     def problems(self, n: int, rng: random.Random, exclude=frozenset()) -> list[str]:
         """n different problems, none of them in exclude."""
@@ -511,46 +450,30 @@ class WordProblems:
         return self.prompts[problem]
 
     def encode_answer(self, answer: str) -> list[int]:
-        tokens = self.tokenizer(answer, add_special_tokens=False).input_ids
-        return self.without_end(tokens) + self.end[:1]
+        return self.tokenizer(answer, add_special_tokens=False).input_ids + self.end[:1]
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def read_jsonl(path: str, prompt_field: str, answer_field: str):
-    """Yields (line number, problem, answer), texts both. ValueError names a line that is wrong."""
-    with open(path, "rb") as file:
+def read_jsonl(config):
+    """Yields (line number, problem, answer), both texts. ValueError names a line that is wrong."""
+    names = (config.prompt_field, config.answer_field)
+    with open(config.data, "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
+            where = f"{config.data}, line {number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:     # UnicodeDecodeError is a ValueError
-                raise ValueError(f"{where} is not JSON: {first_line(error)}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object of named fields")
-            texts = []
-            for option, name in (("prompt_field", prompt_field), ("answer_field", answer_field)):
-                if name not in row:
-                    known = ", ".join(map(repr, row))[:200] or "none"
-                    raise ValueError(f"{where} has no field {name!r} but {known}; choose with "
-                                     f"--{option}")
-                text = as_text(row[name])
-                if text is None:
-                    raise ValueError(f"{where}: {name!r} is not a text or a number")
-                texts.append(text)
-            yield number, *texts
-
-
-def as_text(value) -> str | None:
-    """A text as it is, a number in digits; None for an empty text and for anything else."""
-    if type(value) in (int, float) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")              # 1e-7 is 0.0000001
-    if isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value):
-        return value                                          # half a character is no text
-    return None
+                row = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{where} is not a JSON object: {first_line(error)}") from None
+            for name in names:
+                if type(row.get(name)) not in (str, int, float):
+                    raise ValueError(f"{where} has no text or number {name!r} but "
+                                     f"{', '.join(row)[:200]}; choose with --prompt_field and "
+                                     "--answer_field")
+            yield number, *(str(row[name]) for name in names)
 
 
 def main(args=None):

@@ -237,7 +237,7 @@ def cost_table(table: dict) -> list[list[str]]:
         ratios = [stats["fewer steps"], stats["fewer tokens"]]
         rows.append([name, f"{reached} of {n}, {cell(stats['goal'], '.3f', mean_only=True)}",
                      bound + cell(stats["step"], ".1f"), bound + " + ".join(tokens),
-                     *(cell(ratio, ".1f") if reached == n else "-" for ratio in ratios)])
+                     *(cell(ratio, ".1f") if ratio["n"] == n else "-" for ratio in ratios)])
     return rows
 
 
@@ -285,6 +285,9 @@ def draw(kept: dict, table: dict, path: Path, title: str):
              label="not distilled, at its best temperature")
     if "teacher" in control:
         mark(control["teacher"], color="black", linewidth=0.8, label="teacher")
+    means = [stats["final"]["mean"] for stats in table.values()]
+    lowest = min([*means, control.get("student_at_best_temperature", 1.0)])
+    panels[0].set(**{"ylim" if lines else "xlim": (lowest - 0.05, 1.05)})    # intervals may pass 1
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title or "Mean and 95% interval over seeds")
@@ -419,13 +422,16 @@ def read(file: Path) -> dict:
 
 
 def chosen_rows(table: dict, args) -> dict:
-    """Those of --rows, in its order; _ stands for a blank."""
+    """Those of --rows; _ stands for a blank, and a row may go without its first word, lr=1e-3."""
     if not args.rows:
         return table
-    names = args.rows.replace("_", " ").split(",")
-    if not set(names) <= table.keys():
-        raise ValueError(f"--rows: there are {', '.join(table)}")
-    return {name: table[name] for name in names}
+    chosen = {}
+    for name in args.rows.replace("_", " ").split(","):
+        found = [row for row in table if name in (row, row.partition(" ")[2])]
+        if not found:
+            raise ValueError(f"--rows: there is no {name!r} but {', '.join(table)}")
+        chosen |= {row: table[row] for row in found}
+    return chosen
 
 
 def show(kept: dict, args, picture: Path):

@@ -30,12 +30,15 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def random_model(vocab_size, seed, sharpness=1.0) -> GPT:
-    """An untrained model of the toy shape; sharpness scales its logits."""
+def tiny(seed=0, **settings) -> GPT:
+    """A small random model, each of whose parameters is away from its initial value."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, 16, 48, 1, 2, tie_word_embeddings=False))
+    shape = dict(vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, max_position_embeddings=128)
+    model = GPT(GPTConfig(**shape | settings))
     with torch.no_grad():
-        model.lm_head.weight.mul_(sharpness)
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     return model
 
 
@@ -49,6 +52,7 @@ def cache_dir(tmp_path_factory):
 def toy():
     """(config, task, student, teacher): two random models, the teacher the surer one."""
     config = train.Config(**TOY, lr=1e-2)
-    task = train.Chains(config)
-    student, teacher = random_model(17, seed=0), random_model(17, seed=1, sharpness=3.0)
-    return config, task, student, teacher.requires_grad_(False)
+    shape = dict(vocab_size=17, num_hidden_layers=1, tie_word_embeddings=False)
+    student, teacher = tiny(0, **shape), tiny(1, **shape).requires_grad_(False)
+    teacher.lm_head.weight.mul_(3)
+    return config, train.Chains(config), student, teacher

@@ -5,7 +5,7 @@
 An example is a block of python in one of EXAMPLES; the block of text after it is what it prints.
 All run in order and share their names. Three spaces and `code` quote a line of the four scripts
 (less its comment). After <!-- accuracy FILE.json --at 8 --> or <!-- cost FILE.json --target .9 -->
-stands that table of extras/sweep.py.
+stands that table of extras/sweep.py; after <!-- final FILE,FILE --> a column for each file.
 """
 
 import io
@@ -97,7 +97,7 @@ def test_a_number_that_moved_is_seen():
     assert not alike("KL 0.100", "kl 0.100")
 
 
-TABLE = re.compile(r"<!-- (accuracy|cost) (\S+)(.*?) -->\n(?:\|.*\n)*")
+TABLE = re.compile(r"<!-- (accuracy|cost|final) (\S+)(.*?) -->\n(?:\|.*\n)*")
 
 
 def with_tables(page: Path) -> str:
@@ -105,13 +105,22 @@ def with_tables(page: Path) -> str:
     from extras import sweep
 
     def table(match):
-        args, _ = sweep.parse_args(["--redraw", str(ROOT / match[2]), *match[3].split()])
-        numbers = sweep.tabulate(sweep.read(args.redraw), args.target, args.at)
-        numbers = sweep.chosen_rows(numbers, args)
-        rows = sweep.cost_table(numbers)
-        if match[1] == "accuracy":
-            rows = sweep.accuracy_table(numbers, args.at)
-        return f"<!-- {match[1]} {match[2]}{match[3]} -->\n{sweep.as_markdown(rows)}"
+        kind, files, options = match.groups()
+        tables = []
+        for file in files.split(","):
+            args, _ = sweep.parse_args(["--redraw", str(ROOT / file), *options.split()])
+            numbers = sweep.tabulate(sweep.read(args.redraw), args.target, args.at)
+            tables.append(sweep.chosen_rows(numbers, args))
+        if kind == "accuracy":
+            rows = sweep.accuracy_table(tables[0], args.at)
+        elif kind == "cost":
+            rows = sweep.cost_table(tables[0])
+        else:                                                 # a column for each file, a gap
+            names = [re.search(r"-(\w+)/", file)[1] for file in files.split(",")]
+            rows = [["", *names], ["---"] * (1 + len(names))]
+            for row in tables[0]:
+                rows.append([row, *(sweep.cell(table[row]["final"], ".3f") for table in tables)])
+        return f"<!-- {kind} {files}{options} -->\n{sweep.as_markdown(rows)}"
 
     return TABLE.sub(table, page.read_text())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import tiny
 from model import GPT, Decoder, GPTConfig
 
 FAMILIES = {
@@ -17,18 +18,6 @@ FAMILIES = {
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 EOS = [4, 7]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def tiny(seed=0, **settings):
-    """A small random model, each of whose parameters is away from its initial value."""
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, max_position_embeddings=128)
-    model = GPT(GPTConfig(**shape | settings))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
 
 
 def seeded(seed=0, device="cpu"):
@@ -79,7 +68,7 @@ def test_a_batch_samples_what_each_row_samples_alone(family, temperature):
     assert_rows(rollout, rows)
     lengths = sorted(len(tokens) for tokens, _ in rows)
     if temperature == 1.0:
-        assert lengths[0] < 4 and lengths[-5] < lengths[-1]   # the batch was halved twice
+        assert lengths[0] == 1 and lengths[-5] < lengths[-1]  # the batch was halved twice
 
 
 @pytest.mark.parametrize("eos", [EOS, None])
@@ -109,18 +98,6 @@ def test_samples_follow_the_softmax(temperature):
     assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()    # 5 std. errors
 
 
-def test_generation_stops_when_all_rows_have_ended(monkeypatch):
-    model, steps, step = tiny(), [], Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda *args: steps.append(1) or step(*args))
-    with torch.no_grad():                                     # whatever came before, the next is 4
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[4] = 1.0
-    model.model.norm.register_forward_hook(lambda module, inputs, y: torch.full_like(y, 10.0))
-    rollout = model.generate(PROMPTS, 50, eos_token_id=4)
-    assert rollout.tokens.tolist() == [[4]] * 3 and rollout.mask.all() and not steps
-    assert model.generate(PROMPTS, 50).tokens.shape == (3, 50)
-
-
 def test_padding_of_the_vocabulary_is_never_sampled():
     model = tiny()
     with torch.no_grad():
@@ -144,13 +121,11 @@ def test_padded_rows_have_the_logits_and_gradients_that_they_have_alone():
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = tiny(num_key_value_heads=2, qk_norm=True), torch.randint(0, 20, (3, 9))
-    calls, gradients, mask = [], [], torch.ones_like(ids)
+    model, ids, calls, gradients = tiny(), torch.randint(0, 20, (3, 9)), [], []
     model.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    mask[1, :4] = 0
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
-        F.cross_entropy(model(ids, mask).flatten(0, 1), ids.flatten()).backward()
+        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert len(calls) == 3                                    # with it, forward and backward
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
@@ -167,52 +142,25 @@ def test_bfloat16_keeps_exact_angles():
 def test_precision_samples_from_a_copy_that_follows_the_weights():
     model = tiny()
     model.precision = torch.bfloat16
-    before = copy.deepcopy(model.state_dict())
-    model.generate(PROMPTS, 20, generator=seeded())
-    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-    assert model.lm_head.weight.dtype == torch.float32 and model.lm_head.weight.requires_grad
-    first, second = model, copy.deepcopy(model)               # the second has no copy yet
-    for seed, change in ((0, 1.0), (1, 2.0), (2, -1.5)):
+    for seed in (0, 1):
         with torch.no_grad():
-            for p in (*first.parameters(), *second.parameters()):
-                p.mul_(change)
-        plain = copy.deepcopy(first).to(torch.bfloat16)
+            model.lm_head.weight.mul_(1.5)                    # in place, as EffOPD does
+        plain = copy.deepcopy(model).to(torch.bfloat16)
         plain.precision = None
         expected = plain.generate(PROMPTS, 20, generator=seeded(seed))
-        assert_same(first.generate(PROMPTS, 20, generator=seeded(seed)), expected, atol=0)
-    with torch.no_grad():
-        second.lm_head.weight.neg_()                          # each follows its own weights
-    both = [m.generate(PROMPTS, 20, generator=seeded(2)).tokens for m in (first, second)]
-    assert torch.equal(both[0], expected.tokens) and not torch.equal(*both)
-
-
-def test_precision_computes_in_bfloat16_and_gives_float32_gradients():
-    model, ids, gradients = tiny(), torch.randint(0, 20, (8, 30)), []
-    for model.precision in (None, torch.bfloat16):
-        model.zero_grad()
-        logits = model(ids)
-        F.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert logits.dtype == torch.bfloat16 == model.dtype and gradients[1].dtype == torch.float32
-    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 1e-6 < error < 0.05
+        assert_same(model.generate(PROMPTS, 20, generator=seeded(seed)), expected, atol=0)
+    assert model.lm_head.weight.dtype == torch.float32 and model.lm_head.weight.requires_grad
+    assert model(torch.tensor([PROMPTS[1]])).dtype == torch.bfloat16
 
 
 # What cannot work.
 
-def test_bad_prompts_and_shapes():
-    model = tiny()
-    assert model.generate(PROMPTS, 0).tokens.shape == (3, 0)
-    assert model.generate([[1] * 100], 28).tokens.shape == (1, 28)
-    for arguments, words in [(([[1], []], 5), "at least one token"), (([], 5), "one prompt"),
-                             ((PROMPTS, 5, -1.0), "temperature"),
-                             (([[1] * 100], 29), "context of 128")]:
-        with pytest.raises(ValueError, match=words):
-            model.generate(*arguments)
-    with pytest.raises(ValueError, match="multiple of"):
-        GPTConfig(20, num_attention_heads=4, num_key_value_heads=3)
-    with pytest.raises(ValueError, match="even"):
-        GPTConfig(20, head_dim=7)
+@pytest.mark.parametrize("arguments, words", [
+    (([[1], []], 5), "at least one token"), (([], 5), "one prompt"),
+    ((PROMPTS, 5, -1.0), "temperature"), (([[1] * 100], 29), "context of 128")])
+def test_bad_prompts(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        tiny().generate(*arguments)
 
 
 # CUDA graphs.
@@ -233,11 +181,6 @@ def test_a_cuda_graph_samples_what_eager_steps_sample(family, dtype, monkeypatch
     monkeypatch.setattr(Decoder, "capture", eager)
     for i, rollout in enumerate(graphs):
         assert_same(rollout, model.generate(PROMPTS * 9, 40, 1.0, seeded(i, "cuda"), EOS))
-    model.decoders.clear()
-    monkeypatch.setattr(Decoder, "capture", lambda *_: None)  # the shorter steps of a CPU
-    if dtype == torch.float32:
-        eager = model.generate(PROMPTS * 9, 40, 1.0, seeded(0, "cuda"), EOS)
-        assert_same(graphs[0], eager, atol=1e-4)
 
 
 @needs_cuda

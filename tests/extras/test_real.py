@@ -5,9 +5,6 @@ import functools
 import json
 import random
 import signal
-import subprocess
-import sys
-import time
 from datetime import datetime
 
 import pytest
@@ -17,26 +14,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train
+from conftest import arguments, read_lines, tiny
 from effopd import (chunked, group_advantages, policy_gradient, reverse_kl, reverse_kl_sampled,
                     reverse_kl_top_k)
 from extras import real
 from extras.real import RealConfig, load_real, main
 from extras.word_problems import gsm8k_problem
-from model import GPT, GPTConfig
+from model import GPT
 
 CHARACTERS = sorted({chr(i) for i in range(32, 127)} - set("<>{}") | {"\n"})
 SPECIAL = ["<unk>", "<end>", "<stop>", "<user>", "<system>", "<assistant>"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"
 
 
-def make_tokenizer(characters=CHARACTERS, end="<end>", template=TEMPLATE, appends_end=False):
+def make_tokenizer(characters=CHARACTERS, end="<end>", template=TEMPLATE):
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    if appends_end:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A <end>", special_tokens=[("<end>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, unk_token="<unk>",
                                    extra_special_tokens=SPECIAL[1:])
     fast.chat_template = template
@@ -45,11 +40,10 @@ def make_tokenizer(characters=CHARACTERS, end="<end>", template=TEMPLATE, append
 
 def make_checkpoint(directory, tokenizer=None, rows=None, eos=1, seed=0, sure=8.0, **shape):
     """A small model and its tokenizer; `sure` stretches its logits, so that it seems trained."""
-    torch.manual_seed(seed)
     tokenizer = tokenizer or make_tokenizer()
-    settings = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, eos_token_id=eos,
-                    intermediate_size=32, max_position_embeddings=512, tie_word_embeddings=False)
-    model = GPT(GPTConfig(rows or len(tokenizer), **settings | shape))
+    settings = dict(vocab_size=rows or len(tokenizer), hidden_size=16, num_attention_heads=2,
+                    eos_token_id=eos, max_position_embeddings=512, tie_word_embeddings=False)
+    model = tiny(seed, **settings | shape)
     with torch.no_grad():
         model.lm_head.weight *= sure
     model.save_pretrained(directory)
@@ -76,29 +70,19 @@ def home(tmp_path_factory):
     return home
 
 
-SMALL = dict(steps=2, batch_size=4, micro_batch_size=0, eval_size=4, dv_size=3, eval_every=2,
-             max_new_tokens=6, device="cpu")
-
-
 def settings_of(home, **settings):
-    models = dict(student=str(home / "student"), teacher=str(home / "teacher"))
-    return models | dict(data=str(home / "problems.jsonl")) | SMALL | settings
+    paths = dict(student=home / "student", teacher=home / "teacher", data=home / "problems.jsonl")
+    small = dict(steps=2, batch_size=4, micro_batch_size=0, eval_size=4, dv_size=3, eval_every=2,
+                 max_new_tokens=6, device="cpu")
+    return {name: str(path) for name, path in paths.items()} | small | settings
 
 
 def config_of(home, **settings):
     return RealConfig(**settings_of(home, **settings))
 
 
-def arguments(home, **settings):
-    words = []
-    for name, value in settings_of(home, **settings).items():
-        if value is not None:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
-
-
-def log_of(directory):
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+def run(home, out_dir, **settings):
+    main(arguments(settings_of(home, out_dir=out_dir, **settings)))
 
 
 def weights_of(directory):
@@ -113,7 +97,7 @@ def assert_equal_weights(one, other):
 def refused(args, words, capsys):
     with pytest.raises(SystemExit) as end:
         main(args)
-    error = capsys.readouterr().err.rpartition("step/s]")[2].strip()    # after a progress bar
+    error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
     assert end.value.code == 2 and words in error and len(error) < 600, error
 
@@ -123,14 +107,13 @@ def refused(args, words, capsys):
 @pytest.mark.parametrize("settings", [
     dict(method="effopd", score="batch_kl", micro_batch_size=3, gradient_checkpointing=True),
     dict(method="effopd", score="rollout_kl", offload=True),
-    dict(method="opd", dtype="mixed", loss="sampled"),
-    dict(method="opd", dtype="bfloat16", loss="sequence", no_chat_template=True),
-    dict(method="rl", group_size=2, teacher=None),
+    dict(method="opd", dtype="mixed", loss="sequence", no_chat_template=True),
+    dict(method="rl", group_size=2, teacher=""),
     dict(method="sft", control=True),
-    dict(method="sft", teacher=None, system="Be brief.")])
+    dict(method="sft", teacher="", system="Be brief.")])
 def test_a_run_ends_in_a_model_that_transformers_loads_and_talks_with(
         home, tmp_path, capsys, settings):
-    main(arguments(home, out_dir=tmp_path / "run", **settings))
+    run(home, tmp_path / "run", **settings)
     told = capsys.readouterr().out
     assert "40 problems: 4 for evaluation, 3 for D_v, the rest to train on\n" in told
     assert ("held-out problems: student" in told) == ("control" in settings)
@@ -142,70 +125,66 @@ def test_a_run_ends_in_a_model_that_transformers_loads_and_talks_with(
                                         return_dict=False)
     assert tokenizer.decode(ids[0]) == "<user>1 + 1 = ?<end><assistant>"
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
-    low = settings.get("dtype") == "bfloat16"
-    assert model.dtype == (torch.bfloat16 if low else torch.float32)
-    log = log_of(tmp_path / "run")
+    assert model.dtype == torch.float32
+    log = read_lines(tmp_path / "run" / "log.jsonl")
     assert len(log) == 2 and all(("kl" in line) == ("opd" in settings["method"]) for line in log)
     start = GPT.from_pretrained(home / "student").lm_head.weight
-    moved = not torch.equal(GPT.from_pretrained(final).lm_head.weight, start)
-    assert moved or low or settings["method"] == "rl"         # no right answer rewards it here
+    moved = not torch.equal(weights_of(tmp_path / "run")["lm_head.weight"], start)
+    assert moved or settings["method"] == "rl"                # no right answer rewards it here
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(home, tmp_path, capsys):
+def test_a_stopped_run_goes_on_bit_for_bit(home, tmp_path, monkeypatch, capsys):
     """Across the end of an epoch, with micro-batches, mixed precision, offload and the gate."""
-    args = arguments(home, steps=30, score="batch_kl", micro_batch_size=3, dtype="mixed", lr=1e-3,
-                     offload=True, utility_gate=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "extras.real", *args, "--out_dir", str(tmp_path / "run")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and "stopped after step" in said
-    assert f"to go on: python -m extras.real --resume {tmp_path / 'run'}" in said
-    stopped_after = len(log_of(tmp_path / "run"))
-    assert 3 <= stopped_after < 30
+    settings = dict(steps=12, score="batch_kl", micro_batch_size=3, dtype="mixed", lr=1e-3,
+                    offload=True, utility_gate=True)
+    run(home, tmp_path / "whole", **settings)
+    steps = []
+
+    def stopped_in_step_7(*args):
+        steps.append(args)
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return real.opd_step(*args)
+
+    monkeypatch.setitem(real.METHODS, "effopd", stopped_in_step_7)
+    with pytest.raises(SystemExit) as end:
+        run(home, tmp_path / "run", **settings)
+    assert end.value.code == 128 + signal.SIGTERM
+    hint = f"to go on: python -m extras.real --resume {tmp_path / 'run'}"
+    assert f"stopped after step 7; {hint}" in capsys.readouterr().err
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert len(kept["data_sha256"]) == 64 and kept["template"] == TEMPLATE
     main(["--resume", str(tmp_path / "run")])
-    main([*args, "--out_dir", str(tmp_path / "whole")])
     assert_equal_weights(tmp_path / "run", tmp_path / "whole")
-    untimed = [[{key: line[key] for key in ("step", "loss", "kl", "reward", "tokens")}
-                for line in log_of(tmp_path / name)] for name in ("run", "whole")]
+    untimed = [[line | {"seconds": 0} for line in read_lines(tmp_path / name / "log.jsonl")]
+               for name in ("run", "whole")]
     assert untimed[0] == untimed[1]
 
 
 def test_copies_on_the_cpu_change_nothing_but_their_place(home, tmp_path):
-    for offload in (False, True):
-        main(arguments(home, out_dir=tmp_path / str(offload), steps=8, score="batch_kl", lr=1e-3,
-                       candidates="line", offload=offload or None))
-    assert_equal_weights(tmp_path / "True", tmp_path / "False")
-    searches = [[json.loads(line) | {"seconds": 0} for line in
-                 (tmp_path / name / "search.jsonl").read_text().splitlines()]
-                for name in ("True", "False")]
+    searches = []
+    for name, extra in (("plain", {}), ("offload", {"offload": True})):
+        run(home, tmp_path / name, steps=8, score="batch_kl", lr=1e-3, candidates="line", **extra)
+        searches.append([search | {"seconds": 0} for search in
+                         read_lines(tmp_path / name / "search.jsonl")])
+    assert_equal_weights(tmp_path / "plain", tmp_path / "offload")
     assert searches[0] == searches[1] and any(search["multiple"] for search in searches[0])
 
 
 def test_a_run_leaves_the_final_student_and_nothing_else_of_size(home, tmp_path):
-    main(arguments(home, out_dir=tmp_path / "run", steps=5))
+    run(home, tmp_path / "run", steps=5)
     one = (home / "student" / "model.safetensors").stat().st_size
     left = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
     assert left < one + 40_000
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["final"]
-    main(arguments(home, out_dir=tmp_path / "more", steps=5, checkpoints=True))
-    names = sorted(path.name for path in (tmp_path / "more" / "checkpoints").iterdir())
-    assert names == ["final", "step_000000", "step_000001", "step_000002", "step_000004"]
 
 
 def test_sft_on_a_file_learns_the_files_answers(home, tmp_path):
-    student = make_checkpoint(tmp_path / "student", sure=1.0)
-    main(arguments(home, out_dir=tmp_path / "run", method="sft", teacher=None, student=student,
-                   steps=60, lr=1e-2, batch_size=8, eval_every=60, no_chat_template=True))
-    losses = [line["loss"] for line in log_of(tmp_path / "run")]
-    assert losses[-1] < losses[0] - 1
-    assert {line["reward"] for line in log_of(tmp_path / "run")} == {1.0}
+    student = str(make_checkpoint(tmp_path / "student", sure=1.0))
+    run(home, tmp_path / "run", method="sft", teacher="", student=student, steps=40, lr=1e-2,
+        batch_size=8, eval_every=40, no_chat_template=True)
+    log = read_lines(tmp_path / "run" / "log.jsonl")
+    assert log[-1]["loss"] < log[0]["loss"] - 1
+    assert {line["reward"] for line in log} == {1.0}
 
 
 # One step, however it is cut up; and the scores.
@@ -219,14 +198,12 @@ def test_pieces_add_up_to_the_gradient_of_the_loss_in_effopd(home, loss, monkeyp
     method = loss if loss in ("rl", "sft") else "opd"
     own = {"loss": loss} if method == "opd" else {}
     config = config_of(home, method=method, batch_size=8, group_size=8, **own)
-    _, _, teacher, _ = load_real(config_of(home))
-    task, student, _, _ = load_real(config)
+    task, _, teacher, _ = load_real(config_of(home))
+    _, student, _, _ = load_real(config)
     monkeypatch.setattr(task, "is_correct", lambda p, a: sum(map(ord, a)) % 2 == 0)
     problems = task.problems(1 if method == "rl" else 8, random.Random(3))
     gradients = []
-    for rows, logits in ((0, 2 ** 25), (1, 2 ** 25), (3, 7 * len(student.head)), (5, 1)):
-        monkeypatch.setattr(real, "LOGITS_AT_ONCE", logits)
-        chunk_size = max(1, logits // len(student.head))
+    for rows, chunk_size in ((0, 1000), (1, 1000), (3, 7), (5, 1)):
         monkeypatch.setattr(real, "chunked", functools.partial(chunked, chunk_size=chunk_size))
         student.zero_grad()
         config = dataclasses.replace(config, micro_batch_size=rows)
@@ -278,13 +255,6 @@ def test_scores_are_train_pys(home):
     assert values[real][0] == pytest.approx(-float(entry["kl"]), rel=1e-4)
 
 
-def test_mixed_precision_has_float32_weights(home):
-    task, student, teacher, _ = load_real(config_of(home, dtype="mixed"))
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
-    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
-    assert student(torch.tensor([[3, 4]])).dtype == torch.bfloat16
-
-
 # Tokenizers, templates, ends.
 
 def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):
@@ -293,7 +263,7 @@ def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):
     with torch.no_grad():                                     # they would win, were they looked at
         model.lm_head.weight[-7:] *= 100
     model.save_pretrained(wide)
-    pairs = [(home / "student", wide), (wide, home / "teacher"), (wide, wide)]
+    pairs = [(home / "student", wide), (wide, home / "teacher")]
     for student, teacher in pairs:
         task, student, teacher, _ = load_real(
             config_of(home, student=str(student), teacher=str(teacher)))
@@ -303,11 +273,11 @@ def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):
             assert max(answer) < len(make_tokenizer())
 
 
-def test_every_end_token_of_the_run_ends_answers_and_is_saved(home, tmp_path, capsys):
+def test_every_end_token_of_the_run_ends_answers_and_is_saved(home, tmp_path):
     teacher = make_checkpoint(tmp_path / "teacher", make_tokenizer(end="<stop>"), eos=2, seed=1)
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     task, student, *_ = load_real(config_of(home, teacher=str(teacher)))
-    assert task.end == [1, 2, 5] and "any of them ends an answer" in capsys.readouterr().out
+    assert task.end == [1, 2, 5]
     assert task.encode_answer("1") == make_tokenizer()("1").input_ids + [1]    # the student's own
     student.save_pretrained(tmp_path / "saved")
     for file in ("config.json", "generation_config.json"):
@@ -316,29 +286,24 @@ def test_every_end_token_of_the_run_ends_answers_and_is_saved(home, tmp_path, ca
 
 def test_prompts_are_the_templates_or_plain(home):
     text = gsm8k_rows(1)[0]["question"]
+    asked = "{{ messages[0].content }}{% if enable_thinking is false %}!{% endif %}"
     cases = [(dict(), f"<user>{text}<end><assistant>"), (dict(no_chat_template=True), text),
              (dict(system="Be brief."), f"<system>Be brief.<end><user>{text}<end><assistant>"),
-             (dict(template="{{ messages[0].content }}!"), text + "!")]
+             (dict(template=asked), text + "!")]
     for settings, expected in cases:
         task, *_ = load_real(config_of(home, **settings))
         assert task.tokenizer.decode(task.encode(text)) == expected
 
 
 def test_no_plain_prompt_ends_in_the_end_token(home, tmp_path):
-    student = make_checkpoint(tmp_path / "student", make_tokenizer(appends_end=True))
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", 1)])
+    student = make_checkpoint(tmp_path / "student", tokenizer)
     assert AutoTokenizer.from_pretrained(student)("1").input_ids[-1] == 1
     task, *_ = load_real(config_of(home, student=str(student), no_chat_template=True))
     assert {prompt[-1] for prompt in task.prompts.values()} == {make_tokenizer()("?").input_ids[0]}
     assert task.encode_answer("1") == make_tokenizer()("1").input_ids + [1]
-
-
-def test_thinking_is_off_unless_asked_for(home, tmp_path):
-    template = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}={% endif %}"
-    student = make_checkpoint(tmp_path / "student", make_tokenizer(template=template))
-    for thinking in (False, True):
-        task, *_ = load_real(config_of(home, student=str(student), thinking=thinking))
-        prompt = task.tokenizer.decode(task.encode(next(iter(task.prompts))))
-        assert prompt.endswith("=") != thinking
 
 
 def test_todays_date_is_kept_with_the_run(home, tmp_path, monkeypatch):
@@ -348,9 +313,8 @@ def test_todays_date_is_kept_with_the_run(home, tmp_path, monkeypatch):
     student = make_checkpoint(tmp_path / "student", make_tokenizer(template=template))
     config = config_of(home, student=str(student))
     task, *_ = load_real(config)
-    today = f"{datetime.now():%d %b %Y}"
     prompt = next(iter(task.prompts))
-    assert task.tokenizer.decode(task.encode(prompt)).startswith(today)
+    assert task.tokenizer.decode(task.encode(prompt)).startswith(f"{datetime.now():%d %b %Y}")
     kept = dataclasses.asdict(config)                         # what config.json has
 
     class Tomorrow(datetime):
@@ -368,31 +332,15 @@ def test_todays_date_is_kept_with_the_run(home, tmp_path, monkeypatch):
 
 # Data.
 
-def test_the_split_is_fixed_by_the_seed_and_disjoint(home, tmp_path, monkeypatch):
-    splits = []
-    for n, seed in enumerate((0, 0, 1)):
-        seen, validated = [], []
-        step = functools.partial(record_problems, seen)
-        monkeypatch.setitem(real.METHODS, "effopd", step)
-        monkeypatch.setitem(real.SCORES, "accuracy",
-                            lambda judge, model: validated.extend(judge.problems) or 0.0)
-        config = config_of(home, seed=seed, steps=12)
-        task, student, teacher, _ = load_real(config)
-        evaluated = train.evaluation_problems(config, task)
-        (tmp_path / str(n)).mkdir()
-        train.train(config, task, student, teacher, tmp_path / str(n), "", real.METHODS, real.SCORES)
-        assert len(set(evaluated)) == 4 and len(set(validated)) == 3
-        assert set(seen) == set(task.prompts) - set(evaluated) - set(validated)
-        assert not set(evaluated) & set(validated)
-        assert len(set(seen[:33])) == 33                      # all once, before any comes again
-        splits.append((evaluated, validated, seen))
-    assert splits[0] == splits[1] and splits[0][0] == splits[2][0]
-    assert splits[0][2] != splits[2][2]
-
-
-def record_problems(seen, config, task, student, teacher, problems, generator):
-    seen.extend(problems)
-    return real.opd_step(config, task, student, teacher, problems, generator)
+def test_training_sees_every_problem_that_is_not_held_out_once_an_epoch(home):
+    config = config_of(home)
+    task, *_ = load_real(config)
+    held_out = set(train.evaluation_problems(config, task))
+    batches = task.batches(4, random.Random(0), held_out)
+    seen = sum((next(batches) for _ in range(18)), [])        # two epochs of 36
+    assert len(held_out) == 4 and not held_out & set(seen)
+    assert set(seen[:36]) == set(seen[36:]) == set(task.prompts) - held_out
+    assert seen[:36] != seen[36:]
 
 
 def test_data_that_changed_between_stop_and_resume_are_refused(home, tmp_path, capsys):
@@ -400,10 +348,8 @@ def test_data_that_changed_between_stop_and_resume_are_refused(home, tmp_path, c
     config = config_of(home, data=str(data))
     load_real(config)
     write_rows(data, gsm8k_rows(41))
-    out_dir = tmp_path / "run"
-    out_dir.mkdir()
-    train.write_json(out_dir / "config.json", dataclasses.asdict(config) | {"versions": {}})
-    refused(["--resume", str(out_dir)], "has changed since this run began", capsys)
+    train.write_json(tmp_path / "config.json", dataclasses.asdict(config) | {"versions": {}})
+    refused(["--resume", str(tmp_path)], "has changed since this run began", capsys)
 
 
 def test_lines_that_cannot_be_used_are_left_out_and_counted(home, tmp_path, capsys):
@@ -422,12 +368,10 @@ def test_lines_that_cannot_be_used_are_left_out_and_counted(home, tmp_path, caps
 
 
 def test_fields_have_other_names_and_answers_are_numbers(home, tmp_path):
-    rows = [{"problem": f"{n} + .5", "n": n + .5} for n in range(20)]
-    rows += [{"problem": "tiny", "n": 1e-7}, {"problem": "large", "n": 1e20}]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
+    data = write_rows(tmp_path / "rows.jsonl", [{"problem": f"{n} + .5", "n": n + .5}
+                                                for n in range(20)])
     task, *_ = load_real(config_of(home, data=str(data), prompt_field="problem", answer_field="n"))
     assert task.is_correct("3 + .5", "7/2") and not task.is_correct("3 + .5", "4.5")
-    assert task.solve("tiny") == "0.0000001" and task.solve("large") == "1" + 20 * "0"
 
 
 # What cannot work says so in one line.
@@ -436,25 +380,18 @@ GOOD = '{"question": "1 + 1", "answer": "2"}\n'
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "has 0 different problems, and --eval_size, --dv_size and a batch need 11"),
-    (GOOD * 50, "has 1 different problems"),
-    (GOOD + "{oh\n", "line 2 is not JSON"),
+    (GOOD * 50, "has 1 different problems, and --eval_size, --dv_size and a batch need 11"),
+    (GOOD + "{oh\n", "line 2 is not a JSON object"),
     (GOOD + "\n" + "[1]\n", "line 3 is not a JSON object"),
-    (GOOD + "\udcff", "line 2 is not JSON"),
-    ("[" * 100_000, "line 1 is not JSON"),
-    ('{"problem": "1"}', "line 1 has no field 'question' but 'problem'; choose with --prompt_f"),
-    ('{"question": "1 + 1"}', "has no field 'answer' but 'question'; choose with --answer_field"),
-    ('{"question": " ", "answer": "2"}', "line 1: 'question' is not a text"),
-    ('{"question": "\\ud800", "answer": "2"}', "line 1: 'question' is not a text"),
-    ('{"question": "1 + 1", "answer": [2]}', "line 1: 'answer' is not a text or a number"),
-    ('{"question": "1 + 1", "answer": true}', "line 1: 'answer' is not a text or a number"),
-    ('{"question": "1 + 1", "answer": NaN}', "line 1: 'answer' is not a text or a number"),
+    (GOOD + "\udcff", "line 2 is not a JSON object"),
+    ('{"problem": "1"}', "line 1 has no text or number 'question' but problem; choose with --pro"),
+    ('{"question": "1 + 1", "answer": [2]}', "line 1 has no text or number 'answer' but question"),
     ('{"question": "1", "answer": "####"}', "the first: line 1: no answer can be read"),
-    ('{"question": "' + "1 + " * 200 + '", "answer": "2"}', "line 1: a prompt of 8"),
 ])
 def test_bad_data_are_named_by_their_line(home, tmp_path, capsys, text, words):
     (tmp_path / "bad.jsonl").write_text(text, errors="surrogateescape")
-    refused(arguments(home, data=tmp_path / "bad.jsonl", out_dir=tmp_path / "run"), words, capsys)
+    settings = settings_of(home, data=tmp_path / "bad.jsonl", out_dir=tmp_path / "run")
+    refused(arguments(settings), words, capsys)
 
 
 @pytest.mark.parametrize("role, made, words", [
@@ -463,35 +400,24 @@ def test_bad_data_are_named_by_their_line(home, tmp_path, capsys, text, words):
     ("teacher", dict(sure=0.01), "guessing has -4.58: it is untrained"),
     ("teacher", dict(rows=20), "tokens, the model only 20"),
     ("student", dict(tokenizer=make_tokenizer(template=None)), "--no_chat_template asks without"),
-    ("student", dict(tokenizer=make_tokenizer(template="{{ raise_exception('none') }}")),
-     "chat template fails: none"),
     ("student", dict(tokenizer=make_tokenizer(template="{% if %}")), "template fails"),
     ("student", dict(tokenizer=make_tokenizer(end=None), eos=None), "names no end token"),
+    ("teacher", dict(broken="generation_config.json"), "generation_config.json cannot be read"),
+    ("teacher", dict(broken="tokenizer.json"), "its tokenizer or generation_config.json cannot"),
 ])
 def test_models_that_do_not_go_together_are_refused(home, tmp_path, capsys, role, made, words):
+    broken = made.pop("broken", None)
     directory = make_checkpoint(tmp_path / "model", seed=1, **made)
-    refused(arguments(home, out_dir=tmp_path / "run", **{role: directory}), words, capsys)
-
-
-@pytest.mark.parametrize("file, content, words", [
-    ("generation_config.json", "[]", "generation_config.json cannot be read"),
-    ("generation_config.json", "{", "generation_config.json cannot be read"),
-    ("tokenizer.json", "{", "has no tokenizer that loads")])
-def test_broken_files_of_a_model_are_named(home, tmp_path, capsys, file, content, words):
-    make_checkpoint(tmp_path / "model", seed=1)
-    (tmp_path / "model" / file).write_text(content)
-    refused(arguments(home, teacher=tmp_path / "model", out_dir=tmp_path / "run"), words, capsys)
+    if broken:
+        (directory / broken).write_text("{")
+    settings = settings_of(home, out_dir=tmp_path / "run", **{role: directory})
+    refused(arguments(settings), words, capsys)
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(student=None), "--student, a checkpoint, and --data"),
-    (dict(data=None), "--student, a checkpoint, and --data"),
-    (dict(teacher=None), "--method effopd needs --teacher"),
-    (dict(method="race"), "invalid choice: 'race'"),
+    (dict(student=""), "--student, a checkpoint, and --data"),
+    (dict(teacher=""), "--method effopd needs --teacher"),
     (dict(data="nowhere.jsonl"), "there is no file nowhere.jsonl"),
-    (dict(student="no/where/at/all"), "no directory no/where/at/all"),
-    (dict(system="Hello", no_chat_template=True), "--system is part of the chat template"),
-    (dict(micro_batch_size=-1), "--micro_batch_size must be 0 or more"),
 ])
 def test_bad_settings_are_refused(home, tmp_path, capsys, settings, words):
-    refused(arguments(home, out_dir=tmp_path / "run", **settings), words, capsys)
+    refused(arguments(settings_of(home, out_dir=tmp_path / "run", **settings)), words, capsys)

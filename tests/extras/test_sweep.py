@@ -90,6 +90,13 @@ def test_ratios_are_taken_seed_by_seed():
     assert sweep.tabulate(runs, 0.6, [])["ours"]["fewer steps"]["mean"] == (2 / 2 + 6 / 2) / 2
 
 
+def test_no_ratio_where_some_of_the_references_never_get_there():
+    runs = kept(a0=("OPD", "a0", [0, .6, .9]), a1=("OPD", "a1", [0, .1, .1]),
+                b0=("ours", "a0", [0, .9]), b1=("ours", "a1", [0, .9]))
+    ours = sweep.cost_table(sweep.tabulate(runs, target=0.8, at=[]))[-1]
+    assert ours[0] == "ours" and ours[1].startswith("2 of 2") and ours[-2:] == ["-", "-"]
+
+
 def test_a_run_that_never_gets_there_counts_with_all_it_spent(capsys):
     runs = kept(a=("OPD", "a", [0, .5, .9]), b=("bad", "a", [0, .1, .1]))
     table = sweep.tabulate(runs, target=0.8, at=[7])
