@@ -60,8 +60,10 @@ lr() {  # the learning rate
 }
 
 controls() {  # other directions, a range test without a jump, Prodigy, other judges
-    "$python" -m extras.controls --lr 1e-4 --only update,random,top,tail $(settings "$1") \
-        --out_dir "$out/directions-$1"
+    for optimizer in adamw muon; do
+        "$python" -m extras.controls --lr 1e-4 --optimizer $optimizer $(settings "$1") \
+            --only update,random,top,tail --out_dir "$out/directions-$1-$optimizer"
+    done
     "$python" -m extras.controls --lr 1e-5 --only range_test,prodigy $(settings "$1") \
         --out_dir "$out/controls-$1"
     "$python" -m extras.controls --lr 1e-5 $(settings "$1") --out_dir "$out/scores-$1" \
@@ -73,8 +75,10 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
         skill) tuned=1e-3 muon=3e-3 ;;
         *) tuned=1.5e-3 muon=7e-3 ;;
     esac
-    "$python" -m extras.sweep "label=small+method=opd+lr=1e-4,tuned+method=opd+lr=$tuned,Muon+method=opd+lr=$muon+optimizer=muon seed=0:5" \
-        --out_dir "runs/foresight-$1" --keep_checkpoints $(settings "$1")
+    rows=OPD_1e-4+method=opd+lr=1e-4,OPD_tuned+method=opd+lr=$tuned
+    rows+=,OPD_Muon+method=opd+lr=$muon+optimizer=muon,RL+method=rl+lr=3e-4
+    "$python" -m extras.sweep "label=$rows seed=0:5" --out_dir "runs/foresight-$1" \
+        --keep_checkpoints $(settings "$1")
     "$python" analyze.py "runs/foresight-$1" --out_dir "assets/analysis/$1"
 }
 
@@ -86,4 +90,5 @@ else
             "$part" "$gap"
         done
     done
+    "$python" -m extras.foresight assets/analysis/{slip,habit,skill}
 fi

@@ -4,8 +4,7 @@
 
 An example is a block of python in one of EXAMPLES; the block of text after it is what it prints.
 All run in order and share their names. Three spaces and `code` quote a line of the four scripts
-(less its comment). After <!-- accuracy FILE.json --at 8 --> or <!-- cost FILE.json --target .9 -->
-stands that table of extras/sweep.py; after <!-- final FILE,FILE --> a column for each file.
+(less its comment). The tables that are made from assets/: tests/extras/test_tables.py.
 """
 
 import io
@@ -97,39 +96,6 @@ def test_a_number_that_moved_is_seen():
     assert not alike("KL 0.100", "kl 0.100")
 
 
-TABLE = re.compile(r"<!-- (accuracy|cost|final) (\S+)(.*?) -->\n(?:\|.*\n)*")
-
-
-def with_tables(page: Path) -> str:
-    """The page with its tables made from assets/ now."""
-    from extras import sweep
-
-    def table(match):
-        kind, files, options = match.groups()
-        tables = []
-        for file in files.split(","):
-            args, _ = sweep.parse_args(["--redraw", str(ROOT / file), *options.split()])
-            numbers = sweep.tabulate(sweep.read(args.redraw), args.target, args.at)
-            tables.append(sweep.chosen_rows(numbers, args))
-        if kind == "accuracy":
-            rows = sweep.accuracy_table(tables[0], args.at)
-        elif kind == "cost":
-            rows = sweep.cost_table(tables[0])
-        else:                                                 # a column for each file, a gap
-            names = [re.search(r"-(\w+)/", file)[1] for file in files.split(",")]
-            rows = [["", *names], ["---"] * (1 + len(names))]
-            for row in tables[0]:
-                rows.append([row, *(sweep.cell(table[row]["final"], ".3f") for table in tables)])
-        return f"<!-- {kind} {files}{options} -->\n{sweep.as_markdown(rows)}"
-
-    return TABLE.sub(table, page.read_text())
-
-
-@each_page
-def test_tables_are_those_of_the_data(page):
-    assert with_tables(page) == page.read_text(), "python tests/test_docs.py --write"
-
-
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     lines = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
@@ -172,5 +138,3 @@ if __name__ == "__main__":
         sys.exit("usage: python tests/test_docs.py --write")
     for page, text in run_all().items():
         page.write_text(text)
-    for page in PAGES:
-        page.write_text(with_tables(page))
