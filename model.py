@@ -55,9 +55,6 @@ class GPTConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple "
-                             f"of num_key_value_heads ({self.num_key_value_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
 
@@ -81,13 +78,10 @@ def rope_frequencies(config: GPTConfig):
     """Radians a position, θ^(-2i/D) for pair i: (D/2,) float32."""
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = config.rope_theta ** -exponents
-    if config.rope_scaling is None:
+    scaling = config.rope_scaling
+    if scaling is None:
         return frequencies
-    return llama3_frequencies(frequencies, config.rope_scaling)
-
-
-def llama3_frequencies(frequencies, scaling: dict):
-    """Llama 3's RoPE, which stretches the long wavelengths of (D/2,) to a longer context."""
+    # Llama 3: long wavelengths are stretched to a longer context.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)         # 1: left alone; 0: stretched
@@ -95,10 +89,9 @@ def llama3_frequencies(frequencies, scaling: dict):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, heads, T, D).
+    """RoPE: the halves (a, b) of x (B, heads, T, D) become (a cos - b sin, b cos + a sin).
 
-    Its halves (a, b) become (a cos - b sin, b cos + a sin); cos and sin (B or 1, 1, T, D) are
-    `rotations`, whose sin has the first half negated.
+    cos and sin (B or 1, 1, T, D) are `rotations`, whose sin has the first half negated.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -122,8 +115,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, G, T, D)
         q = rotate(q.transpose(1, 2), cos, sin)                                  # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)                                  # (B, G, T, D)
-        if cache is not None:
-            k, v = cache.extend(k, v)                                            # (B, G, N, D)
+        if cache is not None:                                 # holds the columns before these
+            keys, values, columns, seen = cache
+            k = keys.index_copy_(2, columns, k)[:, :, :seen]                     # (B, G, N, D)
+            v = values.index_copy_(2, columns, v)[:, :, :seen]                   # (B, G, N, D)
         if T == 1:                                            # a key's H/G heads are its queries
             q = q.view(B, k.shape[1], -1, self.head_dim)                         # (B, G, H/G, D)
         # softmax(q kᵀ / sqrt(D)) v, where a token attends to itself and to what is before it
@@ -241,8 +236,8 @@ class GPT(nn.Module):
 
     def hidden_states(self, input_ids, attention_mask=None):
         """What the head reads, (B, T, C): for a loss that never holds all logits (`chunked`)."""
-        columns, mask = torch.arange(input_ids.shape[1], device=input_ids.device), None
-        positions = columns[None]                                                # (1 or B, T)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)      # (T,)
+        positions, mask = columns[None], None                                    # (1 or B, T)
         if attention_mask is not None:
             positions = (attention_mask.bool().cumsum(-1) - 1).clamp(min=0)
             mask = visible(attention_mask.bool(), columns, self.dtype)
@@ -260,9 +255,7 @@ class GPT(nn.Module):
         temperature: 0 takes the most probable token (log-probabilities are those at 1).
         generator: a torch.Generator on the model's device; None draws from the global random state.
         eos_token_id: an id, several, or None for "never ends".
-        Stops when every row has ended. With `precision` it samples from a copy in that precision.
-        ValueError for an empty prompt, for one that does not fit the context, and for a negative
-        temperature.
+        ValueError for an empty prompt, one that exceeds the context, and a negative temperature.
         """
         if temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
@@ -310,13 +303,11 @@ class GPT(nn.Module):
             return Decoder(model, B, width, eos)
         width = -(-width // 64) * 64                          # few widths, few graphs
         key = (B, width, model.dtype, *eos)
-        decoder = self.decoders.pop(key, None)
-        if decoder is None:
+        if key not in self.decoders:
             if len(self.decoders) == 4:                       # each has its keys and values
-                del self.decoders[next(iter(self.decoders))]
-            decoder = Decoder(model, B, width, eos)
-        self.decoders[key] = decoder                          # last: the one used last
-        return decoder
+                del self.decoders[next(iter(self.decoders))]  # the oldest
+            self.decoders[key] = Decoder(model, B, width, eos)
+        return self.decoders[key]
 
     def _apply(self, *args, **kwargs):
         """to(), float(), cuda(): weights may get another place, where no graph reads them."""
@@ -349,11 +340,12 @@ class GPT(nn.Module):
             directory = download(str(path_or_repo_id))
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"{directory} has no config.json: it holds no checkpoint")
+        files = weight_files(directory)
         try:
             hf_config = AutoConfig.from_pretrained(directory)
             config = config_from_hf(hf_config)
             state = {}
-            for file in weight_files(directory):
+            for file in files:
                 state |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()
                           if "rotary_emb" not in name}
             if config.tie_word_embeddings:
@@ -361,8 +353,6 @@ class GPT(nn.Module):
             with torch.device("meta"):                        # no time spent on random weights
                 model = cls(config)
             model.load_state_dict(state, assign=True)
-        except FileNotFoundError:
-            raise
         except Exception as error:                            # a broken file can raise anything
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{directory} cannot be loaded: {reason}") from None
@@ -371,10 +361,10 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, directory):
-        """Write config.json, generation_config.json and model.safetensors, in the weights' dtype.
+        """Write config and weights, for transformers (4.57 too) and vLLM.
 
         A model that from_pretrained loaded keeps what its config said, and takes the tokenizer and
-        generation files of its directory along: transformers (4.57 too) and vLLM load the result.
+        generation files of its directory along.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -387,7 +377,15 @@ class GPT(nn.Module):
         config.tie_word_embeddings = self.config.tie_word_embeddings
         config.dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config.save_pretrained(directory)
-        complete_files(directory, self.config)
+        # What transformers 4 and its like look for, and all end tokens for those who generate.
+        change_json(directory / "config.json", {"rope_theta": self.config.rope_theta,
+                                                "rope_scaling": self.config.rope_scaling})
+        tokenizer = directory / "tokenizer_config.json"
+        if read_json(tokenizer).get("tokenizer_class") == "TokenizersBackend":   # transformers 5's
+            change_json(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"})
+        generation = directory / "generation_config.json"
+        ends = end_tokens(self.config.eos_token_id, read_json(generation).get("eos_token_id"))
+        change_json(generation, {"eos_token_id": ends or None})
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
                  if not (self.config.tie_word_embeddings and name == "lm_head.weight")}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
@@ -403,19 +401,6 @@ class Rollout(NamedTuple):
     log_probs: torch.Tensor    # (B, R) float32: of each sampled token; 0 after a row's end
 
 
-class LayerCache(NamedTuple):
-    """A layer's keys and values of all columns, (B, G, width, D), and where the next go, (T,)."""
-    keys: torch.Tensor
-    values: torch.Tensor
-    columns: torch.Tensor
-    seen: int                  # columns beyond it hold nothing yet
-
-    def extend(self, k, v):
-        self.keys.index_copy_(2, self.columns, k)
-        self.values.index_copy_(2, self.columns, v)
-        return self.keys[:, :, :self.seen], self.values[:, :, :self.seen]
-
-
 class Decoder:
     """B rows in the middle of their answers, padded on the left: all have the same next column.
 
@@ -426,10 +411,9 @@ class Decoder:
     def __init__(self, model: GPT, B: int, width: int, eos: list[int]):
         config, device = model.config, model.device
         self.model, self.head = model.model, model.head       # not `model`, which owns this
-        shape = (B, config.num_key_value_heads, width, config.head_dim)
-        self.layers = [(torch.zeros(shape, dtype=model.dtype, device=device),
-                        torch.zeros(shape, dtype=model.dtype, device=device))
-                       for _ in range(config.num_hidden_layers)]
+        shape = (config.num_hidden_layers, B, config.num_key_value_heads, width, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.values = torch.zeros(shape, dtype=model.dtype, device=device)
         self.columns = torch.arange(width, device=device)
         self.cos, self.sin = model.model.rotations(self.columns, model.dtype)    # (width, D)
         self.eos = torch.tensor(eos, device=device)
@@ -448,8 +432,8 @@ class Decoder:
     def start(self, ids, padding, temperature):
         """Run the prompts ids (B, P) and sample the first token of each answer."""
         P = ids.shape[1]
-        for cache in (tensor for layer in self.layers for tensor in layer):
-            cache.zero_()                                     # a NaN left there would spread
+        self.keys.zero_()                                     # a NaN left there would spread
+        self.values.zero_()
         self.padding.copy_(padding)
         self.alive.fill_(True)
         self.temperature.fill_(temperature)
@@ -477,7 +461,7 @@ class Decoder:
         if masked:
             mask = visible(self.columns[:seen] >= self.padding, columns, self.cos.dtype)
         positions = (columns - self.padding).clamp(min=0)                        # (b, T)
-        caches = [LayerCache(keys, values, columns, seen) for keys, values in self.layers]
+        caches = [(keys, values, columns, seen) for keys, values in zip(self.keys, self.values)]
         return self.model(ids, self.cos[positions], self.sin[positions], mask, caches)[:, -1]
 
     def sample(self, hidden):
@@ -501,10 +485,9 @@ class Decoder:
         if self.graph is None and 0 < left <= len(self.rows) // 2:
             alive = self.alive
             self.rows, self.padding = self.rows[alive], self.padding[alive]
-            self.ids = self.ids[alive]
-            for i, (keys, values) in enumerate(self.layers):  # one at a time: no second copy of all
-                self.layers[i] = keys[alive], values[alive]
-            self.alive = alive[alive]
+            self.ids, self.alive = self.ids[alive], alive[alive]
+            self.keys = self.keys[:, alive]
+            self.values = self.values[:, alive]
         return left == 0
 
     @torch.no_grad()
@@ -524,10 +507,10 @@ class Decoder:
 
 
 def visible(real, queries, dtype):
-    """A mask to add to the scores, (B, 1, T, N): columns queries (T,) see what is real (B, N).
+    """A mask to add to the scores, (B, 1, T, N): 0 where queries (T,) see columns, else very low.
 
-    Up to themselves, and always themselves: a softmax over nothing would be NaN in padding. 0 where
-    a column is seen, else dtype's lowest number.
+    They see what is real (B, N) up to themselves, and always themselves: a softmax over nothing
+    would be NaN in padding.
     """
     columns, queries = torch.arange(real.shape[1], device=real.device), queries[:, None]
     seen = (columns <= queries) & real[:, None] | (columns == queries)           # (B, T, N)
@@ -548,22 +531,22 @@ COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    names = {single.name}
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is damaged: it names no files") from None
+            names = set(read_json(index)["weight_map"].values())
+        except Exception:                                     # a broken file can raise anything
+            raise ValueError(f"{directory} cannot be loaded: its index is damaged") from None
     files = [directory / name for name in sorted(names)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{directory} has no {missing[0]} (other formats are not read)")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{directory} has no {file.name} (other formats are not read)")
     return files
 
 
 def tie(state: dict, directory) -> bool:
-    """Make one tensor of embedding and head where the file has one, or two that are equal.
+    """One tensor for embedding and head, if the file has one or two equal ones; else False.
 
     Two that differ stay two, as in transformers, which goes by the file and not by its config.
     """
@@ -581,18 +564,6 @@ def end_tokens(*ids) -> list[int]:
     """Each once, in this order, of end tokens given as an id, a list of ids, or None."""
     lists = [i if isinstance(i, list) else [i] for i in ids if i is not None]
     return list(dict.fromkeys(sum(lists, [])))
-
-
-def complete_files(directory: Path, config: GPTConfig):
-    """Add what transformers 4 and its like look for, and all end tokens to the generation file."""
-    rope = {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-    change_json(directory / "config.json", rope)
-    generation = directory / "generation_config.json"
-    ends = end_tokens(config.eos_token_id, read_json(generation).get("eos_token_id"))
-    change_json(generation, {"eos_token_id": ends or None})
-    tokenizer = directory / "tokenizer_config.json"
-    if read_json(tokenizer).get("tokenizer_class") == "TokenizersBackend":       # transformers 5's
-        change_json(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def read_json(path: Path) -> dict:
@@ -616,10 +587,9 @@ def config_from_hf(hf) -> GPTConfig:
              "a bias in the MLP": getattr(hf, "mlp_bias", False),
              "a bias in o_proj": getattr(hf, "attention_bias", False),
              "sliding-window attention": getattr(hf, "use_sliding_window", False)}
-    unsupported = [name for name, present in found.items() if present]
-    if unsupported:
-        raise ValueError(f"this {hf.model_type} checkpoint uses {' and '.join(unsupported)}, "
-                         "which is not supported here")
+    for name, present in found.items():
+        if present:
+            raise ValueError(f"{name} of this {hf.model_type} checkpoint is not supported")
     return GPTConfig(
         **{name: getattr(hf, name, None) for name in SAME_IN_HF},    # Qwen2's has no head_dim
         rope_theta=theta, rope_scaling=rope if kind == "llama3" else None,
@@ -627,10 +597,8 @@ def config_from_hf(hf) -> GPTConfig:
 
 
 def config_to_hf(config: GPTConfig):
-    """The transformers config of the family that a shape belongs to; ValueError if it has none."""
+    """The transformers config of the family that a shape belongs to."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-    if config.qk_norm and config.attention_bias:
-        raise ValueError("no supported Hugging Face family has both attention_bias and qk_norm")
     families = {(False, False): LlamaConfig, (True, False): Qwen2Config, (False, True): Qwen3Config}
     family = families[config.attention_bias, config.qk_norm]
     rope = dict(rope_type="default", rope_theta=config.rope_theta) | (config.rope_scaling or {})
@@ -643,12 +611,10 @@ def config_to_hf(config: GPTConfig):
 def download(repo_id: str) -> Path:
     """Fetch a repository's config, weights and tokenizer. FileNotFoundError where that fails."""
     from huggingface_hub import snapshot_download
-    if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
-        raise FileNotFoundError(f"no directory {repo_id} (a repository id looks like owner/name)")
     wanted = ["*.json", "model*.safetensors", *COMPANIONS]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=wanted))
-    except Exception as error:
+    except Exception as error:                                # no network, no such name, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{repo_id} is neither a directory nor could it be downloaded: {reason}") from None
+        raise FileNotFoundError(f"there is no directory {repo_id}, and no such repository could be "
+                                f"downloaded: {reason}") from None

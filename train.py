@@ -11,8 +11,7 @@ The task is built in: chains of arithmetic modulo 10, worked out step by step, g
 
     prompt 7+5-3*4=      response 7+5=2;2-3=9;9*4=6;#6 <end>
 
-The student was trained on flawed answers, the teacher is the same model trained further on right
-ones; the gap between them is one of three (--gap):
+The student was trained on flawed answers, the teacher further on right ones. Three gaps (--gap):
 
     slip    confidence: one step in five was wrong at random, so the student is merely unsure
     habit   a wrong habit: in six of ten answers all subtractions were the wrong way round, b - a
@@ -73,11 +72,10 @@ class Config:
     # the run
     method: Literal["race", "opd", "effopd", "rl", "sft"] = setting(
         "race", "opd, effopd, rl (GRPO on right or wrong), sft (cross-entropy on the teacher's "
-        "answers), or the race: OPD, OPD tuned, EffOPD as in the paper, EffOPD as we recommend")
+        "answers), or the race: four runs, see RACE")
     seed: int = setting(0, "of training problems, rollouts and D_v (not of student and teacher)")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
-    out_dir: str = setting("", "a new directory for the run; empty: the first free of runs/METHOD, "
-                           "runs/METHOD-2, ...")
+    out_dir: str = setting("", "a new directory for the run; empty: runs/METHOD, METHOD-2, ...")
     resume: str = setting("", "directory of a stopped run: goes on, with the settings that it has")
     save_every: int = setting(10, "steps between states to resume from (0: only when stopped)")
     checkpoints: bool = setting(True, "keep the student at steps 0, 1, 2, 4, 8, ... for analyze.py")
@@ -87,7 +85,7 @@ class Config:
     task: str = setting("chains", "chains, or MODULE:CLASS, a task of your own (see `Chains`)")
     gap: Literal["slip", "habit", "skill"] = setting("habit", "what the student lacks, see above")
     num_ops: int = setting(5, "operations in a chain")
-    digits: int = setting(1, "digits of the numbers: 1 (modulo 10) or 2 (modulo 100)")
+    digits: int = setting(1, "digits of the numbers: 1 (modulo 10), 2 (modulo 100), ...")
     hidden_size: int = setting(96, "width of the model (of its MLP: 8/3 of that)")
     num_hidden_layers: int = setting(3, "layers of the model")
     num_attention_heads: int = setting(4, "attention heads of the model")
@@ -100,15 +98,14 @@ class Config:
     steps: int = setting(40, "optimiser steps")
     lr: float = setting(1e-4, "learning rate")
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon: for the matrices of attention and MLP, AdamW for the rest; an lr means the "
-        "same size of step for both")
+        "adamw", "muon: for the blocks' matrices; AdamW for the rest, with steps of the same size")
     batch_size: int = setting(128, "answers a step")
     micro_batch_size: int = setting(0, "rows in a forward and backward pass (0: all)")
     rollout_batch_size: int = setting(500, "answers sampled at once")
     group_size: int = setting(8, "answers to one prompt (method rl)")
     loss: Literal["full", "sampled", "sequence", "top_k"] = setting(
-        "full", "the reverse KL: over the whole vocabulary; on the sampled tokens with discount 0 "
-        "(the paper's) or 1; over the student's top k and a bucket for the rest")
+        "full", "the reverse KL: over the whole vocabulary; on sampled tokens with discount 0 (the "
+        "paper's) or 1; over the student's top k and a bucket for the rest")
     top_k: int = setting(4, "k of --loss top_k")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     eval_every: int = setting(4, "steps between evaluations, which do not count in a run's seconds")
@@ -116,13 +113,12 @@ class Config:
 
     # the search, method effopd
     score: str = setting(
-        "accuracy", "of a candidate. accuracy: of answers to D_v (the paper's); rollout_kl: -KL to "
-        "the teacher on fresh answers to D_v; batch_kl: -KL on the batch just trained on; or "
-        "MODULE:FUNCTION")
+        "accuracy", "of a candidate: accuracy (on D_v, the paper's), rollout_kl (-KL on answers to "
+        "D_v), batch_kl (-KL on the batch just trained on), or MODULE:FUNCTION")
     dv_size: int = setting(50, "problems in D_v")
     candidates: str = setting(
-        "linear", "W_t + 2kΔ (the paper's); doubling: W_t + 2^k Δ; line: doubling from half of "
-        "what the last search kept, or else shorter and back; or MODULE:FUNCTION")
+        "linear", "W_t + 2kΔ (the paper's); doubling: W_t + 2^k Δ; line: doubling, and back where "
+        "that fails; or MODULE:FUNCTION")
     num_candidates: int = setting(5, "candidates at most (line: in each direction)")
     accept: Literal["gt", "ge"] = setting("gt", "a candidate must score higher, or not lower")
     scope: Literal["attention+mlp", "mlp", "all"] = setting("attention+mlp", "what a jump moves")
@@ -131,20 +127,16 @@ class Config:
     searches: int = setting(0, "searches in all, at most (0: no limit)")
     move_lr: bool = setting(False, "a search that keeps multiple m also multiplies lr by 1 + m")
     utility_gate: bool = setting(False, "a jump leaves out parameters of no first-order utility")
-    alignment_gate: float = setting(0.0, "no search where Δ's subspace alignment with the last Δ "
-                                    "is below this (0: off)")
+    alignment_gate: float = setting(0.0, "no search where Δ aligns less with the last one (0: off)")
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), "0 or more" if f.name in MAY_BE_0 else "above 0"
-            number = type(f.default) in (int, float)
-            if number and not (0 < value < 2 ** 63 or value == 0 and f.name in MAY_BE_0):
+            value = getattr(self, f.name)
+            if type(f.default) not in (int, float) or value == 0 and f.name in MAY_BE_0:
+                continue
+            if not 0 < value < 2 ** 63:
+                least = "0 or more" if f.name in MAY_BE_0 else "above 0"
                 raise ValueError(f"--{f.name} must be {least} and below 2^63, got {value}")
-        if self.digits > 2:
-            raise ValueError(f"--digits must be 1 or 2, got {self.digits}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"--hidden_size must be a multiple of 2 x num_attention_heads = "
-                             f"{2 * self.num_attention_heads}, got {self.hidden_size}")
         if self.method == "rl" and (self.group_size < 2 or self.batch_size % self.group_size):
             raise ValueError(f"--group_size must be 2 or more and divide --batch_size "
                              f"({self.batch_size}), got {self.group_size}")
@@ -156,21 +148,20 @@ MAY_BE_0 = {"seed", "save_every", "base_steps", "teacher_steps", "micro_batch_si
 
 
 def pick_device(name: str) -> str:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    number = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if not number:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-    if name != "cpu" and int(number[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
+        return "cuda" if gpus else "cpu"
+    if name not in ("cpu", *gpus) and not (name == "cuda" and gpus):
+        raise ValueError(f"--device {name}: torch sees {len(gpus)} CUDA GPUs here; auto, cpu, cuda "
+                         "and cuda:N are known")
     return name
 
 
 def pick(option: str, name: str, table: dict):
     """table[name]; for MODULE:NAME, something of your own."""
-    module, colon, attribute = name.partition(":")
-    if not colon and name in table:
+    if name in table:
         return table[name]
+    module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -182,7 +173,7 @@ def pick(option: str, name: str, table: dict):
 # The task.
 
 class Chains:
-    """Chains of arithmetic modulo 10 or 100, worked out from left to right.
+    """Chains of arithmetic modulo 10 to the power of `digits`, worked out from left to right.
 
     A task of your own has what this class has: end, max_response, vocab_size, rollout_batch_size,
     problems, batches, encode, encode_answer, decode, solve, is_correct; `flawed` for the gaps slip
@@ -284,16 +275,15 @@ class Part:
 
 def pack(task, problems, answers, device, micro_batch_size=0) -> tuple[list[Part], int]:
     """Micro-batches of answers (lists of token ids), and how many tokens they have in all."""
-    rows, parts = micro_batch_size or len(problems), []
     prompts = [task.encode(problem) for problem in problems]
-    for i in range(0, len(problems), rows):
-        pairs = list(zip(prompts[i:i + rows], answers[i:i + rows]))
-        ids = [torch.tensor(prompt + answer) for prompt, answer in pairs]
-        ids = pad_sequence(ids, batch_first=True)                                # (b, T + 1)
-        starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]     # (b, 1)
-        ends = starts + torch.tensor([len(answer) for _, answer in pairs])[:, None]  # (b, 1)
+    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]          # (B, 1)
+    ends = torch.tensor([len(row) for row in rows])[:, None]                     # (B, 1)
+    size, parts = micro_batch_size or len(rows), []
+    for i in range(0, len(rows), size):
+        ids = pad_sequence(rows[i:i + size], batch_first=True)                   # (b, T + 1)
         columns = torch.arange(1, ids.shape[1])
-        mask = (columns >= starts) & (columns < ends)                            # (b, T)
+        mask = (columns >= starts[i:i + size]) & (columns < ends[i:i + size])    # (b, T)
         parts.append(Part(ids.to(device), mask.to(device)))
     return parts, sum(map(len, answers))
 
@@ -315,9 +305,9 @@ def evaluate(model, task, problems, seed=0, temperature=1.0) -> tuple[float, lis
     Every rollout batch has a seed of its own: models that are compared share their random numbers
     over all problems, however long the answers before were.
     """
-    generator, answers, rows = torch.Generator(model.device), [], task.rollout_batch_size
+    answers, rows = [], task.rollout_batch_size
     for i in range(0, len(problems), rows):
-        generator.manual_seed(seed + i)
+        generator = torch.Generator(model.device).manual_seed(seed + i)
         answers += sample_answers(model, task, problems[i:i + rows], generator, temperature)
     return fmean(rewards_of(task, problems, answers)), answers
 
@@ -421,8 +411,8 @@ class Judge:
     problems: list                           # D_v
     parts: list[Part] = ()                   # the batch just trained on, with the teacher's logits
     num_tokens: int = 0                      # its answers' tokens
-    sampled: int = 0                         # tokens that scores had the model sample,
-    scored: int = 0                          # and tokens that they only ran through it
+    sampled: int = 0                         # tokens sampled so far, to score and to train on,
+    scored: int = 0                          # and those that scores only ran through the model
 
     def __call__(self, model) -> float:
         return float(self.score(self, model))
@@ -463,9 +453,8 @@ def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path
           methods=METHODS, scores=SCORES, **search_options) -> dict:
     """Train the student in place, keep the run in out_dir, return its summary.
 
-    Goes on from out_dir/state.pt if there is one. methods and scores: what the settings name;
-    search_options: further arguments of EffOPD. Stopped if a signal asked for it; ValueError for a
-    loss or a gradient that is not finite.
+    Goes on from out_dir/state.pt if there is one. search_options: further arguments of EffOPD.
+    Stopped if a signal asked for it; ValueError for a loss or a gradient that is not finite.
     """
     if (out_dir / "summary.json").exists():                   # it is finished
         (out_dir / "state.pt").unlink(missing_ok=True)
@@ -479,7 +468,8 @@ def train(config: Config, task, student: GPT, teacher: GPT | None, out_dir: Path
     optimizers = make_optimizers(config, student)
     judge = Judge(pick("score", config.score, scores), task, teacher, dv)
     effopd = make_effopd(config, student, judge, optimizers, **search_options)
-    run = Run(config, task, student, optimizers, effopd, judge, generator, out_dir)
+    stateful = [student, *optimizers, effopd] if effopd else [student, *optimizers]
+    run = Run(config, task, student, stateful, judge, generator, out_dir)
     run.restore_or_begin()
     for _ in range(run.step):
         next(batches)                                         # were used before the run was stopped
@@ -510,7 +500,7 @@ def all_finite(step, entry) -> dict:
     """The entry with its tensors as floats. ValueError if one of them is not finite."""
     tensors = {name: value for name, value in entry.items() if torch.is_tensor(value)}
     numbers = torch.stack([value.detach().float() for value in tensors.values()]).tolist()
-    entry = entry | dict(zip(tensors, numbers))
+    entry = entry | dict(zip(tensors, numbers))               # one wait for a GPU, not one each
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"step {step}: the loss is {entry['loss']:.3g} and the gradient's norm "
                          f"{entry['grad_norm']:.3g}. The step was not taken; try a lower --lr")
@@ -538,9 +528,9 @@ def make_effopd(config, student, judge, optimizers, cls=EffOPD, **options) -> Ef
     settings = dict(
         accept=config.accept, candidates=candidates, num_candidates=config.num_candidates,
         scope=config.scope, first_trigger=config.first_trigger, every=config.search_every,
-        searches=config.searches,
-        optimizer=optimizers, move_lr=config.move_lr, utility_gate=config.utility_gate,
-        alignment_gate=config.alignment_gate or None, seed=config.seed)
+        searches=config.searches, optimizer=optimizers, move_lr=config.move_lr,
+        utility_gate=config.utility_gate, alignment_gate=config.alignment_gate or None,
+        seed=config.seed)
     return cls(student, judge, **settings | options)
 
 
@@ -551,15 +541,15 @@ LOGS = ("log.jsonl", "search.jsonl")
 
 
 class Run:
-    """A run's numbers so far and its directory: config.json, log.jsonl, search.jsonl, checkpoints/,
-    state.pt as long as it is not finished, and then summary.json.
-    """
+    """A run's files and its numbers so far: `OWN`, and the tokens that the judge counts."""
 
-    def __init__(self, config, task, student, optimizers, effopd, judge, generator, directory):
-        self.config, self.task, self.student, self.optimizers = config, task, student, optimizers
-        self.effopd, self.judge, self.generator = effopd, judge, generator
-        self.directory, self.held_out = directory, evaluation_problems(config, task)
-        self.step, self.seconds, self.sampled = 0, 0.0, 0     # tokens sampled to train on
+    OWN = ("step", "seconds", "curve", "examples", "searches")
+
+    def __init__(self, config, task, student, stateful, judge, generator, directory):
+        self.config, self.task, self.directory = config, task, directory
+        self.student, self.stateful, self.judge = student, stateful, judge
+        self.generator, self.held_out = generator, evaluation_problems(config, task)
+        self.step, self.seconds = 0, 0.0
         self.curve, self.examples, self.searches = [], [], []
 
     def restore_or_begin(self):
@@ -580,13 +570,13 @@ class Run:
         return [(problem, self.task.decode(ids)) for problem, ids in zip(self.held_out, answers)]
 
     def token_counts(self) -> dict:
-        """Response tokens sampled, to train and to validate, and those that were only scored."""
-        sampled, scored = self.sampled + self.judge.sampled, self.judge.scored
+        sampled, scored = self.judge.sampled, self.judge.scored
         return dict(tokens=sampled + scored, sampled=sampled, scored=scored)
 
     def finish_step(self, step, entry, record):
         """Count, evaluate, log, save. record: of a search, or None."""
-        self.step, self.sampled = step, self.sampled + entry.pop("num_tokens")
+        self.step = step
+        self.judge.sampled += entry.pop("num_tokens")
         if record:
             self.seconds += record["seconds"]
             self.searches.append({key: record[key] for key in ("step", "multiple", "lr")})
@@ -613,22 +603,18 @@ class Run:
         return summary
 
     def save_checkpoint(self, name):
-        if name != "final" and not self.config.checkpoints:
-            return
         home = self.directory / "checkpoints"
-        home.mkdir(exist_ok=True)
-        with replacing(home / name) as scratch:
-            self.student.save_pretrained(scratch)
-
-    OWN = ("step", "seconds", "sampled", "curve", "examples", "searches")
+        if self.config.checkpoints or name == "final":
+            home.mkdir(exist_ok=True)
+            with replacing(home / name) as scratch:
+                self.student.save_pretrained(scratch)
 
     def save_state(self):
         state = dict(
             own={name: getattr(self, name) for name in self.OWN},
-            judge=(self.judge.sampled, self.judge.scored),
+            tokens=(self.judge.sampled, self.judge.scored),
             logs={name: (self.directory / name).stat().st_size for name in LOGS},
-            student=self.student.state_dict(), effopd=self.effopd and self.effopd.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            states=[each.state_dict() for each in self.stateful],
             random=(random.getstate(), torch.get_rng_state(), self.generator.get_state()))
         with replacing(self.directory / "state.pt") as scratch:
             torch.save(state, scratch)
@@ -637,25 +623,22 @@ class Run:
         path = self.directory / "state.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.student.load_state_dict(state["student"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            if self.effopd is not None:
-                self.effopd.load_state_dict(state["effopd"])
-            for name, value in state["own"].items():
-                setattr(self, name, value)
-            self.judge.sampled, self.judge.scored = state["judge"]
+            for each, saved in zip(self.stateful, state["states"], strict=True):
+                each.load_state_dict(saved)
+            for name in self.OWN:
+                setattr(self, name, state["own"][name])
+            self.judge.sampled, self.judge.scored = state["tokens"]
             python_state, torch_state, generator_state = state["random"]
-            if any((self.directory / name).stat().st_size < n for name, n in state["logs"].items()):
-                raise ValueError("the logs have lost lines since it was written")
+            random.setstate(python_state)
+            torch.set_rng_state(torch_state)
+            self.generator.set_state(generator_state)
+            for name, size in state["logs"].items():
+                if (self.directory / name).stat().st_size < size:
+                    raise ValueError(f"{name} has lost lines since it was written")
+                os.truncate(self.directory / name, size)      # lines from after the state
         except Exception as error:                            # a broken file can raise anything
             raise ValueError(f"{path} is damaged ({first_line(error)}); remove it, and --resume "
                              "begins this run again") from None
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        self.generator.set_state(generator_state)
-        for name, size in state["logs"].items():
-            os.truncate(self.directory / name, size)            # what was written after the state
 
 
 class Stopped(Exception):
@@ -668,10 +651,10 @@ def stop_requests():
     asked = []
 
     def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
         asked.append(number)
         print("\nStopping after this step; once more stops at once", file=sys.stderr)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -699,10 +682,7 @@ def append_json(path: Path, line: dict):
 
 @contextmanager
 def replacing(path: Path):
-    """A path beside `path`: what is written there takes its place when the block ends, or nothing.
-
-    OSError names the file that could not be written; a file that was there before is still there.
-    """
+    """A path beside `path`, which takes its place when the block ends without an error."""
     scratch = path.with_name(path.name + ".part")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -711,7 +691,8 @@ def replacing(path: Path):
             shutil.rmtree(path)
         scratch.replace(path)
     except (OSError, RuntimeError) as error:                  # torch's writer raises the latter
-        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {first_line(error)}") from None
 
 
@@ -728,7 +709,7 @@ GAP_STEPS = {"slip": (1000, 150), "habit": (1000, 250), "skill": (250, 350)}   #
 def fit(model, task, steps, lr, worked, rng, exclude, label, snapshot=(0, None)):
     """Supervised training on the answers that worked(problem) gives; warm-up, then linear to 5%.
 
-    snapshot: (step, directory) saves the model as it is after that step.
+    snapshot: (a step, the directory to save the model in after that step).
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in tqdm(range(1, steps + 1), label, unit="step", dynamic_ncols=True):
@@ -778,11 +759,8 @@ def load(config: Config):
         with tempfile.TemporaryDirectory(dir=home.parent, prefix="unfinished-") as scratch:
             made = Path(scratch) / "models"
             make_base_and_teacher(config, task, recipe, made)
-            try:
+            if not home.exists():                             # else another process was first
                 made.rename(home)                             # all or nothing: never half a model
-            except OSError:
-                if not home.exists():                         # else another process was first
-                    raise
     try:
         student, teacher = (GPT.from_pretrained(home / name) for name in ("base", "teacher"))
         control = json.loads((home / "control.json").read_text())
@@ -797,8 +775,8 @@ def recipe_of(config, task) -> dict:
     names = ("task", "gap", "hidden_size", "num_hidden_layers", "num_attention_heads", "base_lr",
              "teacher_lr", "eval_size")
     recipe = {name: getattr(config, name) for name in names}
-    steps = GAP_STEPS[config.gap]
-    recipe["steps"] = [config.base_steps or steps[0], config.teacher_steps or steps[1]]
+    base_steps, teacher_steps = GAP_STEPS[config.gap]
+    recipe["steps"] = [config.base_steps or base_steps, config.teacher_steps or teacher_steps]
     rng = random.Random("recipe")
     problems = task.problems(20, rng)
     recipe["tokens"] = [task.encode(problem) for problem in problems]
@@ -846,8 +824,7 @@ def compare(runs: dict) -> dict:
     for name, run in runs.items():
         own = first_at(run["curve"], target)
         speed_up = own and {unit: opd[unit] / own[unit] for unit in ("step", "tokens", "seconds")}
-        methods[name] = dict(final_accuracy=run["final_accuracy"], reached=own, speed_up=speed_up,
-                             searches=run["searches"], curve=run["curve"], examples=run["examples"])
+        methods[name] = run | dict(reached=own, speed_up=speed_up)
     return dict(target=target, methods=methods)
 
 
@@ -861,14 +838,9 @@ def print_race(summary):
         if reached:
             row += f"{reached['step']:7}{reached['tokens']:10,}{reached['seconds']:9.1f}"
             row += f"{times['step']:20.1f}{times['tokens']:8.1f}{times['seconds']:9.1f}"
-        print(row if reached else row + "  did not reach it")
-
-
-def print_run(summary):
-    print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, "
-          f"{summary['final_accuracy']:.3f} after {summary['steps']} steps (mean of the last three "
-          f"evaluations), {summary['tokens']:,} response tokens ({summary['sampled']:,} sampled), "
-          f"{summary['seconds']:.1f} s")
+        else:
+            row += "  did not reach it"
+        print(row)
 
 
 def print_examples(label, examples):
@@ -880,21 +852,16 @@ def print_examples(label, examples):
 
 
 def draw_race(summary, path):
-    """Accuracy against steps and against tokens; a dot where a search kept a jump."""
+    """Accuracy against steps and against tokens."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     titles = {"step": "optimiser steps", "tokens": "answers' tokens, searches included"}
     for axis, (unit, title) in zip(panels, titles.items()):
-        for i, (name, method) in enumerate(summary["methods"].items()):
-            points = method["curve"]
-            accuracies = [point["accuracy"] for point in points]
-            axis.plot([point[unit] for point in points], accuracies, color=f"C{i}", label=name)
-            for search in method["searches"]:
-                after = next(point for point in points if point["step"] >= search["step"])
-                if search["multiple"]:
-                    axis.plot(after[unit], after["accuracy"], "o", color=f"C{i}")
+        for name, method in summary["methods"].items():
+            spent = [point[unit] for point in method["curve"]]
+            axis.plot(spent, [point["accuracy"] for point in method["curve"]], label=name)
         control = summary["control"]
         axis.axhline(control["teacher"], color="black", linewidth=0.8, label="teacher")
         axis.axhline(control["student_at_best_temperature"], color="grey", linestyle=":",
@@ -903,7 +870,7 @@ def draw_race(summary, path):
         axis.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (one sampled answer a problem)")
     panels[0].legend(fontsize=8)
-    figure.suptitle("One student, one teacher, four ways to distil (dots: a search kept a jump)")
+    figure.suptitle("One student, one teacher, four ways to distil")
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
@@ -926,27 +893,24 @@ def parse(args=None, config_class=Config) -> Config:
         saved = dict(json.loads(path.read_text()))
         del saved["versions"]
         return config_class(**saved | dict(resume=config.resume, out_dir=config.resume))
-    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
-        stop(f"--resume: {path} holds no settings that can be read ({first_line(error)})")
-    except ValueError as error:                               # they cannot work here and now
-        stop(f"--resume: {path}: {error}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        stop(f"--resume: {path} holds no settings that work here ({first_line(error)})")
 
 
 def claim_directory(config) -> Path:
     """Make --out_dir, or the first of runs/METHOD, runs/METHOD-2, ... that is free."""
     if config.resume:
         return Path(config.resume)
-    if config.out_dir and Path(config.out_dir).exists():
-        raise ValueError(f"--out_dir {config.out_dir} exists; name a new directory, or go on with "
+    directory = Path(config.out_dir or f"runs/{config.method}")
+    if config.out_dir and directory.exists():
+        raise ValueError(f"--out_dir {directory} exists; name a new directory, or go on with "
                          f"--resume {shlex.quote(config.out_dir)}")
-    directory, n = Path(config.out_dir or f"runs/{config.method}"), 1
-    while True:
-        try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:                               # another run took the name
-            n += 1
-            directory = Path(f"runs/{config.method}-{n}")
+    n = 1
+    while directory.exists():
+        n += 1
+        directory = Path(f"runs/{config.method}-{n}")
+    directory.mkdir(parents=True)
+    return directory
 
 
 def run_one(config: Config, out_dir: Path, load, **options):
@@ -962,13 +926,15 @@ def run_one(config: Config, out_dir: Path, load, **options):
         last = list(RACE)[-1]
         print_examples(last, summary["methods"][last]["examples"])
         print_race(summary)
-        print(f"\nThe picture is {out_dir / 'race.png'}; everything else is in {out_dir}")
+        print(f"\nThe picture is {out_dir / 'race.png'}")
     else:
         summary = train(config, task, student, teacher, out_dir, config.method, **options)
         write_json(out_dir / "summary.json", summary | {"control": control})
         print_examples(config.method, summary["examples"])
-        print_run(summary)
-        print(f"\nEverything is in {out_dir}")
+        print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, "
+              f"{summary['final_accuracy']:.3f} after {summary['steps']} steps (mean of the last "
+              f"three evaluations), {summary['tokens']:,} tokens, {summary['seconds']:.1f} s")
+    print(f"\nEverything is in {out_dir}")
 
 
 def stop(message, status=2):

@@ -168,7 +168,7 @@ def test_other_settings_resume_too(settings, cache_dir, tmp_path):
 def test_a_race_goes_on_where_it_stopped(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_race", lambda *_: None)  # takes a second
     settings = dict(method="race", steps=4, save_every=2, optimizer="adamw")
-    assert is_killed_in_step(6, tmp_path / "race", cache_dir, **settings)    # EffOPD's 6th of 4 + 4
+    assert is_killed_in_step(6, tmp_path / "race", cache_dir, **settings)    # of all runs
     finished = (tmp_path / "race" / "opd" / "log.jsonl").read_text()
     main(["--resume", str(tmp_path / "race")])
     assert (tmp_path / "race" / "opd" / "log.jsonl").read_text() == finished
