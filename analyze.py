@@ -7,10 +7,10 @@
 
 Nine questions of "Learning to Foresee" (arXiv:2605.11739, sections 3 and 4), and a tenth that it
 does not ask; `QUESTIONS` lists them. Each measures a run, which gives a dict of numbers, and draws
-a figure of these, with what chance would give beside it: Gaussian matrices, random walks.
+them beside what chance would give: Gaussian matrices, random walks.
 
 ΔW_t = W_t - W_0 is the update since the start, T the last step. Checkpoints that are no runs of
-train.py have no task and no teacher here; their weights alone answer some of the questions.
+train.py have no task and no teacher here: their weights alone answer five of the questions.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -60,8 +61,8 @@ T_95 = (12.706, 4.303, 3.182, 2.776)                          # Student's t, 1 t
 def interval(values) -> dict:
     """Mean and 95% Student t interval of n values: {mean, low, high, n}.
 
-    values: numbers; lists of them, whose mean is a list; or dicts of either, {key: interval} then.
-    None is no value. low and high are None where n < 2.
+    values: numbers or lists of them, where None is no value; dicts of these give {key: interval}.
+    low and high are None where n < 2.
     """
     if values and isinstance(values[0], dict):
         return {key: interval([value[key] for value in values]) for key in values[0]}
@@ -98,41 +99,35 @@ def percent(a, b) -> float | None:
 # Checkpoints.
 
 class Checkpoint:
-    """A checkpoint in Hugging Face format: a tensor's rows are read when they are asked for.
+    """A checkpoint in Hugging Face format. Its files are mapped: rows are read when they are used.
 
     shapes: {name: shape} of its tensors; a head that is the embedding stored again is left out.
     matrices: names of the two-dimensional weights of attention and MLP. embedding: that of tokens.
     """
 
     def __init__(self, directory):
-        self.directory, self.slices = Path(directory), {}
+        self.directory, self.tensors = Path(directory), {}
         for path in weight_files(self.directory):
             try:
-                file = safe_open(path, framework="pt")        # maps the file, reads nothing yet
+                self.tensors |= load_file(path)
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged: {first_line(error)}") from None
-            self.slices |= {name: file.get_slice(name) for name in file.keys()}
-        self.shapes = {name: tuple(rows.get_shape()) for name, rows in self.slices.items()
-                       if rows.get_shape()}
+        self.shapes = {name: tuple(w.shape) for name, w in self.tensors.items() if w.ndim}
         self.matrices = [name for name, shape in self.shapes.items()
                          if len(shape) == 2 and role_of(name) in ("attention", "mlp")]
         embeddings = [name for name in self.shapes if role_of(name) == "embedding"]
         self.embedding = next((name for name in embeddings if "wpe" not in name), None)
         for head in [name for name in self.shapes if role_of(name) == "head"]:
-            if self.is_embedding(head):
+            same_shape = self.shapes[head] == self.shapes.get(self.embedding)
+            if same_shape and torch.equal(self.read(head), self.read(self.embedding)):
                 del self.shapes[head]                         # one entry per storage
 
     def read(self, name, rows=slice(None)):
         """Rows of a tensor, in float32."""
-        return self.slices[name][rows].float()
+        return self.tensors[name][rows].float()
 
     def weights(self) -> dict:
         return {name: self.read(name) for name in self.shapes}
-
-    def is_embedding(self, head) -> bool:
-        return self.shapes.get(self.embedding) == self.shapes[head] and all(
-            torch.equal(self.read(head, rows), self.read(self.embedding, rows))
-            for rows in row_blocks(self.shapes[head]))
 
 
 def role_of(name: str) -> str:
@@ -146,12 +141,6 @@ def role_of(name: str) -> str:
     return "other"
 
 
-def row_blocks(shape, copies=1):
-    """Slices of rows: in so many copies, each has about BLOCK numbers."""
-    step = max(1, BLOCK // (copies * math.prod(shape[1:])))
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
-
-
 def check(base, points):
     """ValueError unless all have the same tensors; warnings of what makes numbers doubtful."""
     for point in points:
@@ -161,14 +150,14 @@ def check(base, points):
                 raise ValueError(f"{name} is {a} in {base.directory} and {b} in {point.directory}")
     if not base.matrices:
         raise ValueError(f"{base.directory} has no attention or MLP weights with names we know")
-    types = {rows.get_dtype() for point in (base, *points) for rows in point.slices.values()}
-    if types & {"BF16", "F16", "F8_E4M3", "F8_E5M2"}:
+    types = {w.dtype for point in (base, *points) for w in point.tensors.values()}
+    if any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in types):
         warn("these checkpoints are in half precision or less: where updates are small, ΔW is "
              "mostly rounding; analyse float32 checkpoints")
     unknown = [name for name in base.shapes if role_of(name) == "other"]
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        warn(f"names that are not understood, counted as \"other\": {', '.join(unknown[:5])}{more}")
+        warn(f"{len(unknown)} names are not understood, counted as \"other\", such as "
+             f"{', '.join(unknown[:5])}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -188,12 +177,15 @@ class Trajectory:
     """
 
     def __init__(self, base: Checkpoint, points: list, steps: list):
+        check(base, points)
         self.points, self.steps, self.end = points, steps, None
-        self.gram, self.squares, self.sigmas, self.embedding_cosine = 0.0, {}, {}, 1.0
-        aligned = [[] for _ in points]
+        self.gram, self.squares, self.sigmas = 0.0, {}, {}
+        aligned, embedding_cosines = [[] for _ in points], []
         for name, shape in tqdm(base.shapes.items(), f"weights of {points[-1].directory}"):
-            gram, cosines, moved = 0.0, 0.0, 0
-            for rows in row_blocks(shape, len(points)):
+            gram = 0.0
+            height = max(1, BLOCK // (len(points) * math.prod(shape[1:])))       # rows in a block
+            for start in range(0, shape[0], height):
+                rows = slice(start, start + height)
                 w_0 = base.read(name, rows)                                      # (rows, ...)
                 deltas = torch.stack([point.read(name, rows) - w_0 for point in points])
                 flat = deltas.flatten(1).double()                                # (S, numbers)
@@ -201,10 +193,7 @@ class Trajectory:
                 if name == base.embedding:
                     in_use = deltas[-1].any(-1)                                  # (rows,)
                     cosine = F.cosine_similarity(w_0, w_0 + deltas[-1], dim=-1)  # (rows,)
-                    cosines += cosine[in_use].sum().item()
-                    moved += in_use.sum().item()
-            if moved:
-                self.embedding_cosine = cosines / moved
+                    embedding_cosines += cosine[in_use].tolist()
             self.gram += gram
             self.squares[name] = gram[-1, -1].item()
             if name in base.matrices and self.squares[name]:
@@ -216,10 +205,11 @@ class Trajectory:
         if not self.sigmas:
             raise ValueError(f"{points[-1].directory} has the base's matrices: they did not move")
         self.alignment = [fmean(values) for values in aligned]
+        self.embedding_cosine = fmean(embedding_cosines or [1.0])
         self.norms = self.gram.diagonal().sqrt()                                 # ‖ΔW_t‖_F: (S,)
         self.progress = [step / steps[-1] for step in steps]                     # t / T
-        distances = [abs(progress - 0.1) for progress in self.progress]
-        self.early = distances.index(min(distances))          # the checkpoint near 10% of training
+        from_10_percent = [abs(progress - 0.1) for progress in self.progress]
+        self.early = int(np.argmin(from_10_percent))          # the checkpoint near 10% of training
 
 
 def leading(matrix):
@@ -236,10 +226,10 @@ def alignment(a, b) -> float:
 def cosines(gram):
     """6: cos(ΔW_t, ΔW_T), which rises by construction, and cos(ΔW_t, W_T - W_t): (S,) each."""
     squares, products, end = gram.diagonal(), gram[:, -1], gram[-1, -1]          # (S,), (S,), ()
-    left = (squares - 2 * products + end).clamp(min=0)                           # ‖W_T - W_t‖²
+    remaining = (squares - 2 * products + end).clamp(min=0)                      # ‖W_T - W_t‖²
     to_end = products / (squares * end).sqrt().clamp(min=1e-30)
-    to_rest = (products - squares) / (squares * left).sqrt().clamp(min=1e-30)
-    return to_end, to_rest.where(left > 1e-12 * end, 0.0)
+    to_rest = (products - squares) / (squares * remaining).sqrt().clamp(min=1e-30)
+    return to_end, to_rest.where(remaining > 1e-12 * end, 0.0)
 
 
 def in_two_components(gram) -> float:
@@ -314,12 +304,12 @@ class Study:
         return self.assess(update, alpha)[0]
 
 
-def truncated(svds, percent, end) -> dict:
-    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") percent of directions."""
+def truncated(svds, k, end) -> dict:
+    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") k% of directions."""
     kept = {}
     for name, (U, sigma, Vh) in svds.items():
-        k = max(1, round(percent / 100 * len(sigma)))
-        part = slice(0, k) if end == "top" else slice(len(sigma) - k, None)
+        num = max(1, round(k / 100 * len(sigma)))
+        part = slice(0, num) if end == "top" else slice(-num, None)
         kept[name] = U[:, part] * sigma[part] @ Vh[part]
     return kept
 
@@ -378,9 +368,8 @@ def shares(values: dict, group_of) -> dict:
 def draw_update_norms(numbers, path):
     with canvas(path, "2. Where is the update? Its share of ‖ΔW$_T$‖² over that of the parameters",
                 ("module", "density"), ("layer", "density")) as axes:
-        draw_bars(axes[0], numbers, "modules")
-        draw_bars(axes[1], numbers, "layers")
-        for axis in axes:
+        for axis, groups in zip(axes, ("modules", "layers")):
+            draw_bars(axis, numbers, groups)
             axis.axhline(1, **CHANCE, label="by chance")
 
 
@@ -388,7 +377,7 @@ def measure_utility(study, run):
     """Of windows of layers: utility, the accuracy gained for their ‖ΔW‖_F, and accuracy lost."""
     layer_of = {name: module_of(name)[0] for name in study.base.matrices}
     num_layers = 1 + max(layer_of.values())
-    reach = max(0, round((0.45 * num_layers - 1) / 2))        # the paper's: 8, of 28 to 48 layers
+    reach = round((0.45 * num_layers - 1) / 2)                # the paper's: 8, of 28 to 48 layers
     update, values = study.update(run), defaultdict(list)
     for role in ("mlp", "attention"):
         for layer in range(num_layers):
@@ -430,10 +419,11 @@ def measure_embeddings(study, run):
 
 
 def draw_embeddings(numbers, path):
-    panels = [("", "1 - cosine of embedding rows in use, mean"), ("", "accuracy")]
-    known = "accuracies" in next(iter(numbers.values()))
+    panels = [("", "1 - cosine of embedding rows in use, mean")]
+    if "accuracies" in next(iter(numbers.values())):
+        panels.append(("", "accuracy"))
     with canvas(path, "4. Do the embeddings matter? Not if putting the base's back costs nothing",
-                *panels[:1 + known]) as axes:
+                *panels) as axes:
         draw_bars(axes[0], numbers, "turned", form="{:.2g}")
         for axis in axes[1:]:
             draw_bars(axis, numbers, "accuracies", form="{:.2f}")
@@ -483,8 +473,8 @@ def draw_alignment(numbers, path):
                 ("t / T", "cos(ΔW$_t$, ΔW$_T$), rises anyhow")) as axes:
         for axis, what in zip(axes, ("subspaces", "to rest", "to end")):
             draw_curves(axis, numbers, "progress", what)
-            walk = common(numbers, f"walk {what}")
-            axis.plot(common(numbers, "progress"), walk, **CHANCE, label="random walk")
+            axis.plot(common(numbers, "progress"), common(numbers, f"walk {what}"), **CHANCE,
+                      label="random walk")
             axis.set_xscale("log", base=2)
 
 
@@ -752,10 +742,11 @@ def newest_runs() -> list[Path]:
     for run in found:
         with suppress(ValueError):                            # a run of other models and data
             label = read_run(run)[1]
-            if label not in newest and not any(difference(run, other) for other in newest.values()):
+            first = next(iter(newest.values()), run)
+            if label not in newest and not difference(run, first):
                 newest[label] = run
     if not newest:
-        raise ValueError("there is no finished run in runs/; python train.py makes three")
+        raise ValueError("there is no finished run in runs/; python train.py makes four")
     if "RL" not in newest:
         print("To compare with RL, as the paper does: python train.py --method rl --lr 3e-4")
     return list(newest.values())
@@ -769,29 +760,30 @@ def labels_of(runs: dict) -> dict:
     labels = {}
     for directory, (config, name) in runs.items():
         alike = [other for other, its_name in runs.values() if its_name == name]
-        for f in fields(Config):
-            several = len({getattr(other, f.name) for other in alike}) > 1
-            if several and f.name not in MAY_DIFFER:
-                name += f", {f.name} {getattr(config, f.name)}"
+        for setting, value in vars(config).items():
+            differs = any(getattr(other, setting) != value for other in alike)
+            if differs and setting not in MAY_DIFFER:
+                name += f", {setting} {value}"
         labels[directory] = name
     return labels
 
 
 def study_runs(directories, device, num_problems) -> Study:
     runs = {run: read_run(run) for path in directories for run in expand(path)}
-    first, labels, methods = next(iter(runs)), labels_of(runs), defaultdict(list)
+    labels, methods = labels_of(runs), defaultdict(list)
+    first = next(iter(runs))
     base = Checkpoint(first / "checkpoints" / "step_000000")
     for run in sorted(runs, key=lambda run: list(METHODS).index(runs[run][0].method)):
         different = difference(run, first)
         if different:
             raise ValueError(f"{run} and {first} {different}: analyse them apart")
         print(f"{labels[run]}: {run}")
+        end = runs[run][0].steps
         steps = sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_??????"))
-        steps = [step for step in steps if 0 < step < runs[run][0].steps]
+        steps = [step for step in steps if 0 < step < end]
         names = [*(f"step_{step:06d}" for step in steps), "final"]
         points = [Checkpoint(run / "checkpoints" / name) for name in names]
-        check(base, points)
-        methods[labels[run]].append(Trajectory(base, points, [*steps, runs[run][0].steps]))
+        methods[labels[run]].append(Trajectory(base, points, [*steps, end]))
     config = replace(runs[first][0], device=device)
     task, model, teacher, _ = load(config)
     if any((p.cpu() != base.read(name)).any() for name, p in model.named_parameters()):
@@ -804,7 +796,6 @@ def study_runs(directories, device, num_problems) -> Study:
 def study_checkpoints(directory, directories) -> Study:
     """Weights alone, as one run; its steps are the numbers that end the names, if these rise."""
     base, points = Checkpoint(directory), [Checkpoint(path) for path in directories]
-    check(base, points)
     steps = [int("0" + re.search(r"\d*$", Path(path).name)[0]) for path in directories]
     if steps[0] == 0 or steps != sorted(set(steps)):
         steps = list(range(1, len(points) + 1))
