@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
-from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 TIME_LIMIT = 3                 # seconds for one comparison of formulas
@@ -32,17 +32,11 @@ def grade(gold_text: str, answer_text: str) -> bool:
 
     ValueError for a gold that cannot be read with certainty.
     """
-    gold, answer = read_gold(gold_text), final_answer(answer_text)
-    return answer is not None and same(gold, answer)
-
-
-@lru_cache(maxsize=100_000)
-def read_gold(text: str) -> str:
-    """The answer of a text to rely on: it is marked, or it is all that the text has."""
-    gold = final_answer(text, certain=True)
+    gold = final_answer(gold_text, certain=True)
     if gold is None:
-        raise ValueError(f"no answer can be read with certainty from {text.strip()[-60:]!r}")
-    return gold
+        raise ValueError(f"no answer can be read with certainty from {gold_text.strip()[-60:]!r}")
+    answer = final_answer(answer_text)
+    return answer is not None and same(gold, answer)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,6 +60,8 @@ TIDY = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", ""),
     (r"\\%|\s*\bper ?cent(?:age points?)?\b", "%"),
     (rf"(?<=\d)\s*({'|'.join(SCALES)})\b", lambda match: f"e{SCALES[match[1]]}"),
+    (r"(?<=\d)\s*dozen\b", r" \\times 12"),
+    (r"(?<=\d)\s*([apAP])\.?[mM]\b\.?", r"_{\1m}"),            # 7 p.m.: an index, so no word
     (r" +", " "))]
 # Words of three letters and more, and shorter ones that are no products of variables, as ab is.
 FUNCTIONS = ("sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|pi|max|"
@@ -74,8 +70,6 @@ SHORT = "am|an|as|at|be|by|do|go|he|if|in|is|it|me|my|no|of|on|or|so|to|up|us|we
 WORD = re.compile(rf"""
     (?<![A-Za-z\\{{_^]) (?!(?:{FUNCTIONS})\b) (?:[A-Za-z]{{3,}} | (?:{SHORT})\b)
   | (?<!\S) (?:a|A|I) \s+ (?=[\w(])""", re.VERBOSE | re.IGNORECASE)
-# What is compared letter by letter: times, ratios, and numbers in another base.
-VERBATIM = re.compile(r"\d:\d|\d\s*[ap]\.?m\b|\d_", re.IGNORECASE)
 
 
 def final_answer(text: str, certain=False) -> str | None:
@@ -129,7 +123,7 @@ def is_formula(text: str) -> bool:
     """Whether it is a number, or holds no words but perhaps a unit."""
     if not re.search(r"\w", text) or len(text) > MAX_FORMULA:
         return False
-    return bool(number(text) or VERBATIM.search(text) or not WORD.search(without_unit(text)))
+    return bool(number(text) or not WORD.search(without_unit(text)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,7 +140,7 @@ FRACTION = re.compile(r"\\frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}
 CONNECTIVE = "and|or|to|of|by|plus|minus|times|over|than|but"
 UNIT = re.compile(rf"""
     \s* (?:\^ \s* \{{? \s* \\circ \s* \}}? | °) \s* [CFK]?                       # degrees
-  | (?: \s+ (?!(?:{FUNCTIONS}|{CONNECTIVE}|[ap]\.?m)\b)
+  | (?: \s+ (?!(?:{FUNCTIONS}|{CONNECTIVE})\b)
             \(? (?:[A-Za-z]{{2,}} | [mshgLlJWVN](?![A-Za-z]))                    # clips, m
       | (?:[cmk]m|[mk]?g|ml|mL|[mk]ph|lbs?|oz|ft|hrs?|mins?|secs?|st|nd|rd|th)\b)
     (?! .* (?:[,;]|\b(?:{CONNECTIVE})\b) .* \d)
@@ -161,29 +155,22 @@ class Number(NamedTuple):
 
 
 def same(gold: str, answer: str) -> bool:
-    if plain(gold) == plain(answer):
-        return True
     numbers = number(gold), number(answer)
     if all(numbers):
         return same_number(*numbers)
-    if any(is_words(text) for text in (gold, answer)):
-        return False
-    return JUDGE.same_formula(without_unit(gold), without_unit(answer))
+    if is_words(gold) or is_words(answer):
+        return plain(gold) == plain(answer)
+    return gold == answer or JUDGE.same_formula(without_unit(gold), without_unit(answer))
 
 
 def is_words(text: str) -> bool:
-    """Whether it is compared letter by letter: words, a time, the letter of a choice."""
-    letter = re.fullmatch(r"\(?[A-Za-z]\)?", text)
-    return bool(letter or VERBATIM.search(text) or not is_formula(text))
+    """Whether it is compared letter by letter: words, the letter of a choice, 3:30, 3:2, 52_8."""
+    return not is_formula(text) or bool(re.search(r"^\(?[A-Za-z]\)?$|\d:\d|\d_", text))
 
 
 def plain(text: str) -> str:
-    """As it is compared letter by letter: without spaces, but for those between digits."""
-    if number(text) is None and is_words(text):
-        text = re.sub(r"[\s.(){}]", "", text)
-        return text.casefold() if len(text) > 1 else text     # yes is Yes, b is not B
-    text = re.sub(r",\s+(?=\d{3}(?!\d))", ";", text)           # 32, 348 is not 32,348
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    text = re.sub(r"[\s(){}]", "", text)
+    return text.casefold() if len(text) > 1 else text         # yes is Yes, b is not B
 
 
 def same_number(gold: Number, answer: Number) -> bool:
@@ -206,7 +193,7 @@ def number(text: str) -> Number | None:
         value *= Fraction(10) ** int(found["exponent"] or found["power"] or 0)
     else:
         top, bottom, whole = int(found["top"]), int(found["bottom"]), int(found["whole"] or 0)
-        if bottom == 0 or whole and not 0 < top < bottom:
+        if bottom == 0:
             return None
         value = whole + Fraction(top, bottom)
     value = -value if found["sign"] == "-" else value
@@ -227,23 +214,26 @@ class Judge:
     """Keeps its process, which takes a second to start, for the next question."""
 
     def __init__(self):
-        self.lock, self.process = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.process = None
 
     def same_formula(self, gold: str, answer: str) -> bool:
         """What math-verify says; False if it does not know within TIME_LIMIT seconds."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", __file__], stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            try:
-                print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
-                reply = self.process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
+                self.start()
+            print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
+            reply = self.process.stdout.readline()
             if not reply:                                     # its time was up
                 self.process.wait()
             return reply == "true\n"
+
+    def start(self):
+        if find_spec("math_verify") is None:
+            raise ModuleNotFoundError("to compare formulas: pip install math-verify")
+        self.process = subprocess.Popen([sys.executable, "-P", __file__], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
 
 
 JUDGE = Judge()
@@ -251,25 +241,19 @@ JUDGE = Judge()
 
 def answer_questions():
     """What the process does: a line [gold, answer] of JSON in, "true" or "false" out."""
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_of_signal, signal.SIG_IGN)       # it ends when its input does
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)             # or at the alarm, whatever it does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)              # it ends when its input does,
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)             # or at the alarm
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     replies, sys.stdout = sys.stdout, sys.stderr              # for what a library prints
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     repair = NormalizationConfig(malformed_operators=True, nits=True)
     formula = [LatexExtractionConfig(normalization_config=repair)]
-
-    @lru_cache(maxsize=10_000)
-    def read(text):
-        return parse(f"\\boxed{{{text}}}", formula, fallback_mode="no_fallback",
-                     parsing_timeout=None)
-
     for line in sys.stdin:
-        gold, answer = json.loads(line)
         signal.alarm(TIME_LIMIT)
-        verdict = verify(read(gold), read(answer), timeout_seconds=None)
+        gold, answer = [parse(f"\\boxed{{{text}}}", formula, fallback_mode="no_fallback",
+                              parsing_timeout=None) for text in json.loads(line)]
+        verdict = verify(gold, answer, timeout_seconds=None)
         signal.alarm(0)
         print(json.dumps(bool(verdict)), file=replies, flush=True)
 

@@ -4,7 +4,6 @@ Needs `pip install trl==1.16.0` (tested with transformers 5.23.0). `EffOPDCallba
 trainer; `DistributedEffOPD`, which it makes, can also be called in a training loop of your own.
 """
 
-import functools
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from effopd import EffOPD, cosine, inner, mean_alignment, module_utility, undisturbed
@@ -42,11 +41,11 @@ class EffOPDCallback(TrainerCallback):
             callbacks=[EffOPDCallback(validate)])             # searches at steps 1, 2, 4, 8, ...
         trainer.train()
 
-    validate and settings are EffOPD's. The optimizer is the trainer's (optimizer=True says so too);
-    with move_lr its scheduler's base rates move as well, so that from then on every rate is 1 + m
-    times what it would have been. A search comes before the step's gradients are cleared. It adds
-    effopd_multiple, effopd_score (None: not finite) and effopd_lr to the trainer's log_history; its
-    whole record is in `callback.effopd.history`.
+    validate and settings are EffOPD's. The optimizer is the trainer's; with move_lr its scheduler's
+    base rates move as well, so that from then on every rate is 1 + m times what it would have been.
+    A search comes before the step's gradients are cleared. It adds effopd_multiple, effopd_score
+    (None: not finite) and effopd_lr to the trainer's log_history; its whole record is in
+    `callback.effopd.history`.
 
     Checkpoints get effopd-*.safetensors (W_prev, Δ and history; under FSDP2 one for each rank's
     shards). A resumed run takes them from args.resume_from_checkpoint if that is a folder, else
@@ -62,8 +61,7 @@ class EffOPDCallback(TrainerCallback):
     """
 
     def __init__(self, validate, **settings):
-        self.validate = validate
-        self.settings = settings
+        self.validate, self.settings = validate, settings
         self.effopd = None                                    # made when training begins
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -73,9 +71,7 @@ class EffOPDCallback(TrainerCallback):
         if getattr(args, "use_vllm", False) and state.is_world_process_zero:
             log.warning("EffOPD: validate must not ask vLLM, which has no candidate's weights, "
                         "unless it sends them first")
-        settings = {"optimizer": True, **self.settings}
-        if settings["optimizer"] is True:
-            settings["optimizer"] = optimizer
+        settings = {**self.settings, "optimizer": optimizer}
         self.effopd = DistributedEffOPD(model, self.validate, **settings)        # remembers W_0
         if state.global_step > 0:
             self.resume(args, state)
@@ -149,8 +145,8 @@ class DistributedEffOPD(EffOPD):
     """EffOPD on one rank or many, with DDP or FSDP2 (fully_shard). All ranks must call `step`.
 
     The mean of their scores decides for all; where one of them has no finite score, none has.
-    W_prev and Δ are sharded as the parameters are. Where whole matrices are needed (for the record
-    and for `direction`), one at a time is gathered. ValueError also for FSDP1.
+    W_prev and Δ are sharded as the parameters are, and `direction` gets them so. For the record,
+    few whole matrices at a time are gathered. ValueError also for FSDP1.
     """
 
     def __init__(self, model, validate, **settings):
@@ -161,8 +157,6 @@ class DistributedEffOPD(EffOPD):
         super().__init__(model, validate, **settings)
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters.values())
         self.device = next(iter(self.parameters.values())).device
-        if self.direction is not None:
-            self.direction = functools.partial(along_whole, self.direction)
 
     def place(self, current, delta, multiple):
         reshard(self.model)                                   # gathered weights would be stale
@@ -188,22 +182,15 @@ class DistributedEffOPD(EffOPD):
         if self.delta is not None:
             last = Gathered(self.delta)
             record["cosine"] = cosine(delta, last)
-            record["alignment"] = alignment_one_by_one(delta, last)
+            record["alignment"] = mean_alignment(delta, last)
         records = [record]
-        if is_distributed():
+        if dist.is_initialized():
             dist.broadcast_object_list(records, src=0)
         return records[0]
 
 
-def alignment_one_by_one(a, b) -> float | None:
-    """`mean_alignment`, which alone would hold all matrices of one shape at once."""
-    values = [mean_alignment({name: a[name]}, {name: b[name]}) for name in a]
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
 class Gathered(dict):
-    """Tensors by name, each gathered from all ranks when it is looked up: one in memory."""
+    """Tensors by name, each gathered from all ranks when it is looked up by its name."""
 
     def __getitem__(self, name):
         return whole(super().__getitem__(name))
@@ -227,14 +214,6 @@ def from_local(part, parameter):
     return tensor
 
 
-def along_whole(direction, delta):
-    """direction(Δ) of the whole tensor, sharded as Δ is."""
-    other = direction(whole(delta))
-    if isinstance(delta, DTensor):
-        other = distribute_tensor(other, delta.device_mesh, delta.placements)
-    return other
-
-
 def reshard(model):
     """Back to shards: FSDP2 leaves the root's parameters gathered after a forward pass."""
     for module in model.modules():
@@ -242,13 +221,9 @@ def reshard(model):
             module.reshard()
 
 
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def mean_over_ranks(value, device) -> float:
     """The mean of a number over all ranks, the same float on each of them."""
-    if not is_distributed():
+    if not dist.is_initialized():
         return float(value)
     total = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(total)

@@ -5,13 +5,13 @@ import json
 import os
 import random
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from extras import grading, word_problems
-from extras.grading import grade, read_gold
+from extras.grading import grade
 
 TABLE = [  # gold, right answers, wrong ones
     # numbers: thousands, decimals, signs, powers of ten
@@ -19,13 +19,15 @@ TABLE = [  # gold, right answers, wrong ones
                  "#### 72\n\nQuestion: Ben has 5 apples. How many?", "#### The answer is 72.",
                  "So 48 / 2 = 24 and 48 + 24 = \\boxed{72}", "The total is 48 + 24 = 72 clips.",
                  "\\boxed{\\text{72 clips}}", "#### 5\n#### 72", "\\fbox{72}", "The answer is 72",
-                 "36 * 2 = 72", "#### 144/2"],
+                 "36 * 2 = 72", "#### 144/2", "Many clips (48 + 24 = 72)", "clips (72 in all)"],
                 ["#### 5\nNo, it is 72", "\\boxed{7.2}", "#### 720", "so 1072", "72 - 1 = 71", "",
                  "#", "####\n72", "\\boxed{72", "\\boxed{}", "I do not know", "#### 72 clips = 3",
                  "\\boxed{72} no, it is \\boxed{5}", "#### 72 and 5", "#### 72/100"]),
     ("#### 1,080", ["#### 1080", "\\boxed{1{,}080}", "so it is $1,080.00"], ["#### 1,08", "1.080"]),
     ("32,348", ["\\boxed{\\$32,\\!348}", "32 348"], ["\\boxed{32, 348}", "32.348"]),
-    ("7", ["10 - 3 = 7"], ["10 - 4", "\\boxed{72", "#### 7 of the 9", "#### 10 - 7 = 3"]),
+    ("7", ["10 - 3 = 7"], ["10 - 4", "\\boxed{72", "#### 7 of the 9", "#### 10 - 7 = 3",
+                            "7 dozen"]),
+    ("36", ["3 dozen", "So it is 3 dozen eggs."], ["12 dozen", "36 dozen", "36 thousand"]),
     ("#### -4", ["#### - 4", "\\boxed{−4}"], ["#### 4", "\\boxed{-0.4}"]),
     ("0.0625", ["\\boxed{.0625}", "\\frac{1}{16}"], ["\\boxed{.063}", "0.625"]),
     ("3.14", ["3.140"], ["3.1416", "\\pi"]),
@@ -52,9 +54,9 @@ TABLE = [  # gold, right answers, wrong ones
     ("60 mph", ["#### 60 miles per hour", "60 km/h", "60mph"], ["60 + 5", "6 mph"]),
     ("5\\sqrt{2} \\text{ cm}", ["\\boxed{5\\sqrt{2}}"], ["\\boxed{2\\sqrt{5}}"]),
     ("5m", ["m \\cdot 5"], ["\\boxed{5}", "5n"]),
-    ("3:30 PM", ["#### 3:30 p.m."], ["3:30 AM", "3:03 PM", "3.5"]),
+    ("3:30 PM", ["#### 3:30 p.m.", "The train leaves at 3:30 PM."], ["3:30 AM", "3:03 PM", "3.5"]),
     ("7 pm", ["7 p.m."], ["7 am", "7"]),
-    ("3:2", ["\\boxed{3:2}"], ["\\boxed{2:3}", "3"]),
+    ("3:2", ["\\boxed{3:2}", "The ratio is 3:2."], ["\\boxed{2:3}", "3", "32"]),
     # letters and words
     ("\\text{(B)}", ["\\boxed{B}", "(B)", "The answer is B."], ["\\boxed{C}", "b", "\\text{(D)}"]),
     ("Yes", ["so \\boxed{Yes}", "#### yes"], ["\\boxed{No}", "Yesterday"]),
@@ -103,45 +105,34 @@ f(x)=\frac{1}{x} | e^{i\pi} | |x-3| | \binom{7}{3} | \text{ellipse} | 2^{31}-1 |
 """
 
 
-def with_solution(answer):
-    return f"First we see that $x^2 = 4$, then 3. So it is $\\boxed{{{answer}}}$, or 17 in all."
-
-
-MATH_SOLUTIONS = list(map(with_solution, MATH_ANSWERS.strip().replace("\n", " | ").split(" | ")))
+MATH_SOLUTIONS = [f"First we see that $x^2 = 4$. So it is $\\boxed{{{answer}}}$, or 17 in all."
+                  for answer in MATH_ANSWERS.strip().replace("\n", " | ").split(" | ")]
 
 
 @pytest.mark.parametrize("gold, right, wrong", TABLE, ids=[row[0] for row in TABLE])
 def test_right_answers_are_right_and_others_wrong(gold, right, wrong):
-    start = time.perf_counter()
     assert [text for text in [gold, *right] if not grade(gold, text)] == []
     assert [text for text in wrong if grade(gold, text)] == []
-    assert time.perf_counter() - start < 60                   # and no answer takes for ever
-
-
-def test_the_table_is_large_and_as_full_of_wrong_answers():
-    right, wrong = [sum(len(row[i]) for row in TABLE) for i in (1, 2)]
-    assert right > 60 and wrong > 80
 
 
 @pytest.mark.parametrize("text", [
     "", " ", "####", "#### \n72", "\\boxed{}", "\\boxed{5", "### nobody knows ####", "5 to 7",
-    "First 3 then 4 then 5.", "So it is\n5", "#### all real numbers except 2", "#### 3 of the 5",
-    "#### 16 hours and 30 minutes", "\\boxed{\\text{June 20}}", "1" * 600,
+    "First 3 then 4 then 5.", "So it is\n5", "3+4\n7", "#### all real numbers except 2",
+    "#### 3 of the 5", "#### 16 hours and 30 minutes", "\\boxed{\\text{June 20}}", "1" * 600,
     "It is a long story, without any number in it."])
 def test_golds_that_cannot_be_read_with_certainty_are_refused(text):
     with pytest.raises(ValueError, match="no answer can be read with certainty"):
         grade(text, "5")
 
 
-def test_answers_are_right_against_themselves_letter_by_letter(monkeypatch):
-    """Hundreds in MATH's and GSM8K's formats, without the judge of formulas, which is slow."""
+def test_answers_are_right_against_themselves(monkeypatch):
+    """Hundreds in MATH's and GSM8K's formats, without the judge of formulas."""
     monkeypatch.setattr(grading, "JUDGE", None)
     rng = random.Random(0)
     texts = [word_problems.gsm8k_problem(rng)["answer"] for _ in range(400)]
     texts += [word_problems.math_problem(rng)["solution"] for _ in range(400)]
     texts += [f"<<1+1=2>>2 and so on\n#### {number:,}" for number in (5, -5, 1234, 1e6, .25, 12.5)]
     texts += MATH_SOLUTIONS
-    assert len(texts) > 870
     assert [text for text in texts if not grade(text, text)] == []
     assert [text for text in texts if not grade(text, f"Well. {text}")] == []
 
@@ -151,30 +142,24 @@ def test_different_answers_are_wrong_for_each_other():
     assert [(gold, other) for gold, other in pairs if grade(gold, other)] == []
 
 
-def test_the_style_of_a_generated_solution_does_not_matter():
-    rng = random.Random(1)
-    for _ in range(40):
-        problem = word_problems.math_problem(rng)
-        bare = grading.last_box(problem["solution"])
-        assert grade(problem["solution"], bare) and grade(bare, f"so\n$$\\boxed{{ {bare} }}.$$")
+@pytest.mark.parametrize("piece", ["1 ", "a1 ", " \n", "{", "\\boxed{", "1,", "(1,", "-1 cm of "])
+def test_a_long_text_is_read_quickly(piece):
+    start = time.perf_counter()
+    assert not grade("72", piece * 5000)
+    assert time.perf_counter() - start < 5
 
 
 def test_a_formula_that_never_ends_is_wrong_after_seconds_and_does_no_harm():
     """In big-integer arithmetic no signal handler of Python's would run. Off the main thread."""
-    verdicts = []
-
-    def ask():
+    def timed(*texts):
         start = time.perf_counter()
-        verdicts.append(grade("x", "\\boxed{9^{9^{9^9}} + x}"))
-        verdicts.append(time.perf_counter() - start)
-        verdicts.append(grade("x^2+1", "\\boxed{1+x^2}"))
+        return grade(*texts), time.perf_counter() - start
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join(60)
-    wrong, seconds, right = verdicts
-    assert wrong is False and right is True
-    assert seconds < 5 + 10                                   # a busy machine takes long to import
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(timed, "x^2+1", "\\boxed{1+x^2}").result()[0]
+        right, seconds = pool.submit(timed, "x", "\\boxed{9^{9^{9^9}} + x}").result(60)
+        assert not right and seconds < 5
+        assert pool.submit(timed, "x^2+1", "\\boxed{1+x^2}").result()[0]
 
 
 def test_the_judge_outlives_a_ctrl_c_and_is_replaced_when_it_is_killed():
@@ -188,18 +173,14 @@ def test_the_judge_outlives_a_ctrl_c_and_is_replaced_when_it_is_killed():
     assert grade("x+y", "\\boxed{y+x}") and grading.JUDGE.process is not process
 
 
-def test_golds_are_read_once():
-    text = "a long solution\n#### 123"
-    hits = read_gold.cache_info().hits
-    assert grade(text, "123") and grade(text, "#### 123")
-    assert read_gold.cache_info().hits > hits
-
-
-def test_word_problems_are_as_the_formats_say(capsys):
-    for style, fields in (("gsm8k", ["question", "answer"]), ("math", ["problem", "solution"])):
+@pytest.mark.parametrize("style, fields, mark", [
+    ("gsm8k", ["question", "answer"], "\n#### "), ("math", ["problem", "solution"], "\\boxed{")])
+def test_word_problems_are_as_the_formats_say(capsys, style, fields, mark):
+    outputs = []
+    for _ in range(2):
         word_problems.main(["5", "--style", style, "--seed", "3"])
-        lines = capsys.readouterr().out.splitlines()
-        assert [list(json.loads(line)) for line in lines] == [fields] * 5
-        word_problems.main(["5", "--style", style, "--seed", "3"])
-        assert capsys.readouterr().out.splitlines() == lines
-    assert json.loads(lines[0])["solution"].count("\\boxed{") == 1
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    problems = [json.loads(line) for line in outputs[0].splitlines()]
+    assert [list(problem) for problem in problems] == [fields] * 5
+    assert all(problem[fields[1]].count(mark) == 1 for problem in problems)
