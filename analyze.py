@@ -247,13 +247,26 @@ def gaussian_sigma(shape):
     return sigma / sigma.norm()
 
 
+def walk_gram(steps, momentum=0.9):
+    """<ΔW_s, ΔW_t> of a random walk at S steps, up to a factor: (S, S) float64.
+
+    It goes as AdamW does on random gradients of one size: its momentum makes steps alike.
+    """
+    weights = torch.zeros(len(steps), steps[-1], dtype=torch.float64)            # (S, T)
+    for row, t in zip(weights, steps):                        # of each step's gradient in ΔW_t
+        weight = 0.0
+        for s in range(t, 0, -1):
+            weight = momentum * weight + (1 - momentum) / (1 - momentum ** s)
+            row[s - 1] = weight
+    return weights @ weights.T
+
+
 @cache
 def walk_alignment(shape, steps) -> list:
     """6: `alignment` with its end, at these steps, of a random walk in matrices of this shape."""
-    generator, position, svds = torch.Generator().manual_seed(0), torch.zeros(shape), []
-    for before, now in zip((0, *steps), steps):
-        position = position + torch.randn(shape, generator=generator) * (now - before) ** 0.5
-        svds.append(leading(position))
+    noise = torch.randn(len(steps), *shape, generator=torch.Generator().manual_seed(0))
+    mix = torch.linalg.cholesky(walk_gram(steps)).float()     # (S, S): makes them covary like that
+    svds = [leading(torch.tensordot(row, noise, 1)) for row in mix]
     return [alignment(svd, svds[-1]) for svd in svds]
 
 
@@ -458,12 +471,14 @@ def measure_alignment(study, run):
     to_end, to_rest = cosines(run.gram)
     walks = [walk_alignment(study.base.shapes[name], tuple(run.steps)) for name in run.sigmas]
     walk = np.mean(walks, axis=0).tolist()
+    walk_to_end, walk_to_rest = cosines(walk_gram(run.steps))
     return {"progress": run.progress, "subspaces": run.alignment, "walk subspaces": walk,
-            "to end": to_end.tolist(), "walk to end": [t ** 0.5 for t in run.progress],
-            "to rest": to_rest[:-1].tolist(), "walk to rest": [0.0] * len(run.steps),
+            "to end": to_end.tolist(), "walk to end": walk_to_end.tolist(),
+            "to rest": to_rest[:-1].tolist(), "walk to rest": walk_to_rest.tolist(),
             "near 10% of training, subspaces": run.alignment[run.early],
             "of a random walk": walk[run.early],
-            "cosine to what is left": to_rest[run.early].item()}
+            "cosine to what is left": to_rest[run.early].item(),
+            "a walk's": walk_to_rest[run.early].item()}
 
 
 def draw_alignment(numbers, path):
@@ -534,12 +549,10 @@ def measure_paths(study, run):
     """W_t's place along the straight line from W_0 to W_T, and its distance from that line."""
     along = run.gram[:, -1] / run.norms[-1]                   # <ΔW_t, ΔW_T> / ‖ΔW_T‖_F
     aside = (run.gram.diagonal() - along ** 2).clamp(min=0).sqrt()
-    steps = torch.tensor(run.steps).double()
-    walk = torch.minimum(steps[:, None], steps)               # E <ΔW_s, ΔW_t> = min(s, t)
     explained = in_two_components(run.gram)
     return {"along": [0.0, *along.tolist()], "aside": [0.0, *aside.tolist()],
             "% of the variance in two components": explained, "explained": {"": explained},
-            "of a random walk": in_two_components(walk)}
+            "of a random walk": in_two_components(walk_gram(run.steps))}
 
 
 def draw_paths(numbers, path):

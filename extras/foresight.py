@@ -31,6 +31,8 @@ CLAIMS = {
     "6. The final subspace is there at 10% of training: cos²; a random walk's":
         ("alignment", ["near 10% of training, subspaces", "of a random walk"],
          ["1e-4", "tuned", "Muon", "RL"]),
+    "6. It points to what is left, W_T - W_t: cosine at 10% of training; a random walk's":
+        ("alignment", ["cosine to what is left", "a walk's"], ["1e-4", "tuned", "Muon", "RL"]),
     "7. The top 10% of directions do it: % of the accuracy of all":
         ("low_rank", ["top 10% in % of all"], ["tuned", "Muon"]),
     "8. ΔW at 10% of training, stretched, has the gain: % of it":
@@ -85,7 +87,9 @@ def draw(directories: list[Path], path: Path):
     for axis, directory in zip(axes[0], directories):
         numbers = read(directory)["alignment"]
         draw_curves(axis, {names[kind]: numbers[kind] for kind in names}, "progress", "to rest")
-        axis.axhline(0, **CHANCE, label="random walk")
+        null = numbers["tuned"]
+        axis.plot(null["progress"]["mean"], null["walk to rest"]["mean"], **CHANCE,
+                  label="AdamW on random gradients")
         axis.set(title=directory.name, xlabel="t / T")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)

@@ -122,16 +122,24 @@ def test_what_has_no_spectrum_or_no_alignment(metric, args, words):
 
 
 def test_a_random_walk_aligns_more_and_more_with_its_end():
-    """Pitfall 25. Its cosine to the end is sqrt(t / T), to what is left 0; its subspaces rise."""
+    """Pitfall 25: all of it by construction. Here against AdamW on random gradients."""
     steps = (1, 4, 16, 64)
     walk = analyze.walk_alignment((60, 50), steps)
     assert (np.diff(walk) > 0).all() and walk[-1] == pytest.approx(1, abs=1e-4)
     chance = np.mean([k * (1 / 60 + 1 / 50) / 2 for k in range(1, 21)])
     assert walk[0] == pytest.approx(chance, abs=0.1)          # one step of 64
-    path = torch.cumsum(randn(64, 20_000), 0)[[t - 1 for t in steps]].double()
-    to_end, to_rest = cosines(path @ path.T)
-    assert to_end.tolist() == pytest.approx([(t / 64) ** 0.5 for t in steps], abs=0.03)
-    assert to_rest.tolist() == pytest.approx([0.0] * 4, abs=0.03)
+    p = torch.zeros(20_000, requires_grad=True)
+    optimizer, path = torch.optim.AdamW([p], lr=1.0, betas=(0.9, 1 - 1e-6), weight_decay=0), []
+    for gradient in randn(64, 20_000).sign():                 # of one size, as in theory
+        p.grad = gradient
+        optimizer.step()
+        path.append(p.detach().double().clone())
+    path = torch.stack(path)[[t - 1 for t in steps]]
+    for ours, theirs in zip(cosines(analyze.walk_gram(steps)), cosines(path @ path.T)):
+        assert ours.tolist() == pytest.approx(theirs.tolist(), abs=0.03)
+    without = cosines(analyze.walk_gram(steps, momentum=0.0))
+    assert without[0].tolist() == pytest.approx([(t / 64) ** 0.5 for t in steps])
+    assert without[1].tolist() == pytest.approx([0.0] * 4)
 
 
 def test_cosines_by_hand():
@@ -161,8 +169,11 @@ def test_a_path_beside_its_line():
     numbers = analyze.measure_paths(None, run)
     assert numbers["along"] == pytest.approx([0, 1, 2, 4])
     assert numbers["aside"] == pytest.approx([0, 1, 1, 0])
-    walk = np.tril(np.ones((4, 3)), -1)                       # each step at a right angle
-    assert numbers["of a random walk"] == pytest.approx(in_two_by_numpy(walk))
+    walk = in_two_components(analyze.walk_gram([1, 2, 3]))
+    assert numbers["of a random walk"] == walk
+    steps = np.tril(np.ones((4, 3)), -1)                      # each step at a right angle
+    without = in_two_components(analyze.walk_gram([1, 2, 3], momentum=0.0))
+    assert without == pytest.approx(in_two_by_numpy(steps))
 
 
 # Modules and their utility.
@@ -421,7 +432,7 @@ def test_three_runs_from_end_to_end(home, answers):
     assert null == other and np.mean(ranks) < null            # one for all runs
     path = {key: s["mean"] for key, s in answers["alignment"]["RL"].items()}
     assert path["progress"] == [0.25, 0.5, 1.0]               # no step_000004
-    assert path["walk to end"] == pytest.approx([0.5, 0.5 ** 0.5, 1.0])
+    assert path["walk to end"] == cosines(analyze.walk_gram([1, 2, 4]))[0].tolist()
     assert len(path["to rest"]) == 2                          # at the end nothing remains
 
 
@@ -584,7 +595,7 @@ def test_runs_that_are_not_analysed(spoil, words, home, tmp_path, refused):
 
 
 @pytest.mark.parametrize("args, words", [
-    ("nowhere", "nowhere is no finished run"), ("", "python train.py makes three"),
+    ("nowhere", "nowhere is no finished run"), ("", "python train.py makes four"),
     ("--base nowhere --checkpoints a", "nowhere"), ("--base small", "go together"),
     ("--checkpoints small", "go together"), ("small --redraw x.json", "or nothing"),
     ("--problems 0", "--problems"), ("--problems x", "--problems"), ("--nonsense", "--nonsense"),

@@ -24,11 +24,12 @@ def directories(tmp_path):
     for factor, gap in ((1, "one"), (10, "two")):
         answers = {}
         for question, keys, _ in foresight.CLAIMS.values():
-            numbers = {label: {key: stats(factor * (1.0 + i), 0.5) for key in keys}
-                       for i, label in enumerate(LABELS)}
-            answers[question] = numbers
+            for i, label in enumerate(LABELS):
+                numbers = answers.setdefault(question, {}).setdefault(label, {})
+                numbers |= {key: stats(factor * (1.0 + i), 0.5) for key in keys}
         for numbers in answers["alignment"].values():
             numbers["progress"] = dict(mean=[0.5, 1.0], low=None, high=None, n=1)
+            numbers["walk to rest"] = dict(mean=[0.3, 0.0], low=None, high=None, n=1)
             numbers["to rest"] = dict(mean=[0.4], low=None, high=None, n=1)
         (tmp_path / gap).mkdir()
         (tmp_path / gap / "analysis.json").write_text(json.dumps(answers))
@@ -39,7 +40,7 @@ def directories(tmp_path):
 def test_each_claim_has_the_numbers_of_its_runs(directories):
     head, _, first, *others = foresight.table(directories)
     assert head == ["claim: numbers", "`one`", "`two`"]
-    assert len(others) == 9
+    assert len(others) == 10
     assert first[1:] == ["tuned 2.00 ± 0.5<br>RL 4.00 ± 0.5", "tuned 20 ± 0.5<br>RL 40 ± 0.5"]
 
 
@@ -50,7 +51,7 @@ def test_one_value_has_no_interval():
 
 def test_the_command_prints_and_draws(directories, capsys):
     foresight.main([str(directory) for directory in directories])
-    assert capsys.readouterr().out.count("\n") == 12
+    assert capsys.readouterr().out.count("\n") == 13
     assert (directories[0].parent / "foresight.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         foresight.main([str(directories[0].parent)])
