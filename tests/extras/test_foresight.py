@@ -41,7 +41,8 @@ def test_each_claim_has_the_numbers_of_its_runs(directories):
     head, _, first, *others = foresight.table(directories)
     assert head == ["claim: numbers", "`one`", "`two`"]
     assert len(others) == 10
-    assert first[1:] == ["tuned 2.00 ± 0.5<br>RL 4.00 ± 0.5", "tuned 20 ± 0.5<br>RL 40 ± 0.5"]
+    assert first[1:] == ["1e-4 1.00 ± 0.5<br>tuned 2.00 ± 0.5<br>RL 4.00 ± 0.5",
+                         "1e-4 10 ± 0.5<br>tuned 20 ± 0.5<br>RL 40 ± 0.5"]
 
 
 def test_one_value_has_no_interval():
