@@ -482,14 +482,15 @@ def measure_alignment(study, run):
 
 
 def draw_alignment(numbers, path):
-    with canvas(path, "6. Is the final direction there early? Yes, if above the random walk",
+    with canvas(path, "6. Is the final direction there early? Only what is above the random walk counts",
                 ("t / T", "leading subspaces of ΔW$_t$ and ΔW$_T$: cos²"),
                 ("t / T", "cos(ΔW$_t$, W$_T$ - W$_t$), what is left"),
                 ("t / T", "cos(ΔW$_t$, ΔW$_T$), rises anyhow")) as axes:
         for axis, what in zip(axes, ("subspaces", "to rest", "to end")):
             draw_curves(axis, numbers, "progress", what)
-            axis.plot(common(numbers, "progress"), common(numbers, f"walk {what}"), **CHANCE,
-                      label="random walk")
+            known = slice(len(common(numbers, what)))         # at the end nothing is left
+            axis.plot(common(numbers, "progress")[known], common(numbers, f"walk {what}")[known],
+                      **CHANCE, label="random walk with AdamW's momentum")
             axis.set_xscale("log", base=2)
 
 

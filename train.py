@@ -95,7 +95,7 @@ class Config:
     teacher_lr: float = setting(1e-3, "of the teacher's (gap skill: one training, at base_lr)")
 
     # distillation
-    steps: int = setting(40, "optimiser steps")
+    steps: int = setting(30, "optimiser steps")
     lr: float = setting(1e-4, "learning rate")
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "muon: for the blocks' matrices; AdamW for the rest, with steps of the same size")
@@ -108,7 +108,7 @@ class Config:
         "paper's) or 1; over the student's top k and a bucket for the rest")
     top_k: int = setting(4, "k of --loss top_k")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    eval_every: int = setting(4, "steps between evaluations, which do not count in a run's seconds")
+    eval_every: int = setting(5, "steps between evaluations, which do not count in a run's seconds")
     eval_size: int = setting(500, "problems in an evaluation, one sampled answer each")
 
     # the search, method effopd
