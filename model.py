@@ -361,7 +361,7 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, directory):
-        """Write config and weights, for transformers (4.57 too) and vLLM.
+        """Write config and weights, for transformers (4.57 too).
 
         A model that from_pretrained loaded keeps what its config said, and takes the tokenizer and
         generation files of its directory along.

@@ -1,6 +1,6 @@
 """Distillation of your own models on your own problems: train.py's loop, with other inputs.
 
-    python -m extras.real --student DIR --teacher DIR --data problems.jsonl           # EffOPD
+    python -m extras.real --student DIR --teacher DIR --data problems.jsonl           # the finder
     python -m extras.real --method opd --student DIR --teacher DIR --data problems.jsonl
     python -m extras.real --method rl --student DIR --data problems.jsonl             # no teacher
     python -m extras.real --method sft --student DIR --data problems.jsonl            # on the file
@@ -9,7 +9,7 @@
 A model is a directory in Hugging Face's format with its tokenizer, or a repository id: Llama, Qwen2
 or Qwen3. Student and teacher share a vocabulary. The data are a JSON object a line, a problem and
 its answer; extras/grading.py says how answers are read, extras/word_problems.py makes such a file.
-The trained student is runs/effopd/checkpoints/final, for transformers and vLLM.
+The trained student is runs/effopd/checkpoints/final, for transformers.
 
 Memory in bytes, for a student of P parameters, with --dtype mixed:
     16 P    weights, gradients and AdamW's moments
@@ -72,9 +72,16 @@ class RealConfig(train.Config):
                             "that one of them closes is no test of distillation")
     data_sha256: str = setting("", argparse.SUPPRESS)         # the run's own
 
-    # Other defaults. The search is the paper's, and so is the learning rate.
+    # Other defaults. The search is the finder, once: see docs/real-models.md.
     steps: int = setting(64, "optimiser steps")
-    lr: float = setting(1e-6, "learning rate")
+    lr: float = setting(1e-5, "learning rate (of effopd: before its search)")
+    score: str = setting("batch_kl", "as in train.py (the paper's: accuracy)")
+    candidates: str = setting("line", "as in train.py (the paper's: linear)")
+    num_candidates: int = setting(14, "candidates at most, in each direction (the paper's: 5)")
+    scope: Literal["attention+mlp", "mlp", "all"] = setting(
+        "all", "what a jump moves (the paper's: attention+mlp)")
+    searches: int = setting(1, "searches in all, at most (0: no limit, the paper's)")
+    move_lr: bool = setting(True, "a search that keeps multiple m also multiplies lr by 1 + m")
     batch_size: int = setting(64, "answers a step")
     micro_batch_size: int = setting(16, "rows in a forward and backward pass (0: all)")
     rollout_batch_size: int = setting(256, "answers sampled at once")
