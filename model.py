@@ -382,7 +382,8 @@ class GPT(nn.Module):
                                                 "rope_scaling": self.config.rope_scaling})
         tokenizer = directory / "tokenizer_config.json"
         if read_json(tokenizer).get("tokenizer_class") == "TokenizersBackend":   # transformers 5's
-            change_json(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"})
+            change_json(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast",
+                                    "model_input_names": ["input_ids", "attention_mask"]})
         generation = directory / "generation_config.json"
         ends = end_tokens(self.config.eos_token_id, read_json(generation).get("eos_token_id"))
         change_json(generation, {"eos_token_id": ends or None})

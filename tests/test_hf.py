@@ -125,8 +125,9 @@ def test_what_came_with_a_checkpoint_is_saved_with_it(tmp_path):
     GPT.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(saved)
     tokenizer = AutoTokenizer.from_pretrained(saved)
     assert tokenizer.get_vocab() == words and tokenizer.eos_token_id == 2
-    tokenizer_class = read(saved / "tokenizer_config.json")["tokenizer_class"]
-    assert tokenizer_class == "PreTrainedTokenizerFast"       # the name that transformers 4 knows
+    settings = read(saved / "tokenizer_config.json")          # what transformers 4 needs:
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     chat = [{"role": "user", "content": "two"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "two"
     config = read(saved / "config.json")
