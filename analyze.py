@@ -482,7 +482,7 @@ def measure_alignment(study, run):
 
 
 def draw_alignment(numbers, path):
-    with canvas(path, "6. Is the final direction there early? Only what is above the random walk counts",
+    with canvas(path, "6. Is the final direction there early? What is above the random walk counts",
                 ("t / T", "leading subspaces of ΔW$_t$ and ΔW$_T$: cos²"),
                 ("t / T", "cos(ΔW$_t$, W$_T$ - W$_t$), what is left"),
                 ("t / T", "cos(ΔW$_t$, ΔW$_T$), rises anyhow")) as axes:
