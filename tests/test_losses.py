@@ -44,6 +44,14 @@ def test_reverse_kl_equals_torch_distributions():
     assert reverse_kl(student, teacher).item() == pytest.approx(kl.mean().item(), abs=1e-6)
 
 
+def test_a_token_that_both_models_rule_out_counts_0():
+    student, teacher = logits(0), logits(1)
+    without = reverse_kl(student[..., 1:], teacher[..., 1:], MASK)
+    student[..., 0] = teacher[..., 0] = -torch.inf
+    assert reverse_kl(student, teacher, MASK).item() == pytest.approx(without.item(), abs=1e-6)
+    assert gradient(lambda z: reverse_kl(z, teacher, MASK), student).isfinite().all()
+
+
 def test_equal_models_have_no_divergence_even_for_one_token():
     student, one = logits(0), torch.zeros(B, T)
     one[1, 2] = 1

@@ -378,6 +378,7 @@ def test_the_race_from_the_command_line(tmp_path, cache_dir):
 @pytest.mark.parametrize("words, said", [
     ("--lr abc", "invalid float value: 'abc'"), ("--lr nan", "--lr must be above 0"),
     ("--lr inf", "--lr must be"), ("--gap foo", "'foo'"), ("--seed -1", "--seed must be 0 or"),
+    ("--seed 99999999999999999999", "below 2^63"),
     ("--device cuda:99", "CUDA GPUs"), ("--step 3", "--step"),
     ("--hidden_size 90", "head_dim must be even"), ("--eval_size 31", "at most a tenth"),
     ("--method rl --batch_size 100", "divide --batch_size (100)"),
