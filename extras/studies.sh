@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of docs/results.md and docs/analysis.md: the command that makes it, on two
-# cores. Each continues where it was stopped. `bash extras/studies.sh main habit` runs one part; without
-# arguments it runs all, which takes a night.
+# cores. Each continues where it was stopped. `bash extras/studies.sh main habit` runs one part;
+# `bash extras/studies.sh figures` draws the figures again; without arguments it runs all, a night.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -24,15 +24,19 @@ settings() {  # of a gap: as many steps as a tuned OPD needs
     esac
 }
 
-sweep() { # GRID GAP NAME
-    "$python" -m extras.sweep "$1" --out_dir "$out/$3" $(settings "$2")
-}
-
-main() {  # the main table of a gap: OPD's best rates are those of `lr`
+best_rates() {  # of a gap, about, as `lr` finds them
     case $1 in
         skill) tuned=1e-3 muon=3e-3 ;;
         *) tuned=1.5e-3 muon=7e-3 ;;
     esac
+}
+
+sweep() { # GRID GAP NAME
+    "$python" -m extras.sweep "$1" --out_dir "$out/$3" $(settings "$2")
+}
+
+main() {  # the main table of a gap
+    best_rates "$1"
     rows=OPD_tuned+method=opd+lr=$tuned,OPD_Muon_tuned+method=opd+lr=$muon+optimizer=muon
     rows+=,OPD_1e-4+method=opd+lr=1e-4
     for dv in 50 1000; do
@@ -71,10 +75,7 @@ controls() {  # other directions, a range test without a jump, Prodigy, other ju
 }
 
 foresight() {  # the questions of analyze.py, by gap and by learning rate
-    case $1 in
-        skill) tuned=1e-3 muon=3e-3 ;;
-        *) tuned=1.5e-3 muon=7e-3 ;;
-    esac
+    best_rates "$1"
     rows=OPD_1e-4+method=opd+lr=1e-4,OPD_tuned+method=opd+lr=$tuned
     rows+=,OPD_Muon+method=opd+lr=$muon+optimizer=muon,RL+method=rl+lr=3e-4
     "$python" -m extras.sweep "label=$rows seed=0:5" --out_dir "runs/foresight-$1" \
@@ -82,7 +83,28 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
     "$python" analyze.py "runs/foresight-$1" --out_dir "assets/analysis/$1"
 }
 
-if [ $# = 2 ]; then
+figures() {  # with their titles and targets, from the committed JSON; a few seconds
+    draw() { # NAME TARGET TITLE [OPTION ...]
+        "$python" -m extras.sweep --redraw "$out/$1/sweep.json" --target "$2" --title "$3" "${@:4}"
+    }
+    draw main-habit .7 "habit: only a learning rate of the right size gets there"
+    draw main-skill .7 "skill: Muon is worth more than any search along AdamW's direction"
+    draw main-slip .9 "slip: a temperature does it, and so does any search"
+    for part in "habit .7" "slip .9"; do
+        read -r gap target <<<"$part"
+        draw "lr-$gap" "$target" "$gap, AdamW: one search sets the rate (mean, 95% interval)" \
+            --rows OPD,finder_once
+    done
+    draw directions-habit-adamw .55 "habit: nearly all of the update is worth following"
+    draw directions-habit-muon .55 "habit: a search works along Muon's update too"
+    draw controls-habit .7 "habit, from 1e-5: the rate without the jump, and no rate at all"
+    draw scores-habit .7 "habit, the finder: who judges"
+    "$python" -m extras.foresight assets/analysis/{slip,habit,skill}
+}
+
+if [ $# = 1 ]; then
+    "$1"
+elif [ $# = 2 ]; then
     "$1" "$2"
 else
     for gap in habit slip skill; do
@@ -90,5 +112,5 @@ else
             "$part" "$gap"
         done
     done
-    "$python" -m extras.foresight assets/analysis/{slip,habit,skill}
+    figures
 fi
