@@ -117,6 +117,8 @@ def run_all(runs: dict, shared: list[str], args, kept: dict) -> dict:
                 continue
             summary = json.loads((args.out_dir / name / "summary.json").read_text())
             kept["runs"][name] = runs[name] | in_short(summary)
+            if args.module:                                   # extras.real_study wants each step
+                kept["runs"][name]["log"] = log_in_short(args.out_dir / name / "log.jsonl")
             control = summary.get("control")
             if kept["control"] not in (None, control):
                 control = {}                                  # two gaps: no one line for all
@@ -158,6 +160,13 @@ def in_short(summary: dict) -> dict:
                 for search in summary["searches"]]
     final = round(summary["final_accuracy"], 6)
     return dict(final_accuracy=final, curve=curve, searches=searches)
+
+
+def log_in_short(file: Path) -> list:
+    """[mean KL of the step's answers (None but for opd and effopd), tokens so far] of each step."""
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [[round(entry["kl"], 5) if "kl" in entry else None, entry["tokens"]]
+            for entry in entries]
 
 
 def keep(out_dir: Path, kept: dict):

@@ -1,0 +1,168 @@
+"""What runs of extras/real.py did on the way, and three KLs along one Δ.
+
+    python -m extras.real_study assets/sweeps/real            # a sweep of extras.real: path.png
+    python -m extras.real_study --along runs/probe            # a probe's kls.jsonl: along.png
+    python -m extras.real ... --candidates extras.real_study:probe --score extras.real_study:three_kls
+
+A probe looks far along Δ after each trigger, keeps nothing, and leaves three mean KLs(π || π*) of
+each candidate in the run's kls.jsonl: on the batch just trained on, on answers that W_t gave to
+D_v, and on the candidate's own answers to D_v.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from analyze import interval, plt
+from extras.real import batch_kl, kl_of, rollout_kl, states
+from extras.sweep import as_markdown, cell, points_of, read
+from train import append_json, evaluate, pack
+
+MULTIPLES = (0, 2, 4, 8, 16, 32, 64)
+KLS = {"batch": "on the batch just trained on", "held out": "on W$_t$'s answers to D$_v$",
+       "own answers": "on the candidate's own answers to D$_v$"}
+WINDOWS = ((1, 4), (5, 8), (9, 12))                           # steps whose KLs are averaged
+
+
+# ------------------------------------------------------------------------------------------------
+# A score and a search for extras.real.
+
+held_out = {}                                                 # {seed of a search: its answers}
+
+
+def heldout_kl(judge, model):
+    """-KL(π || π*) on answers to D_v, sampled from W_t once a search, for all its candidates."""
+    seed = torch.initial_seed()                               # the search's own
+    if seed not in held_out:                                  # W_t is scored first
+        held_out.clear()
+        _, answers = evaluate(model, judge.task, judge.problems, seed)
+        parts, num_tokens = pack(judge.task, judge.problems, answers, model.device,
+                                 len(judge.parts[0].ids))
+        for part in parts:
+            part.target = states(judge.teacher, part)                            # (N, C)
+        held_out[seed] = parts, num_tokens
+        judge.sampled += num_tokens
+    parts, num_tokens = held_out[seed]
+    judge.scored += num_tokens
+    return -sum(kl_of(model, judge.teacher, states(model, part), part.target, num_tokens)
+                for part in parts)
+
+
+def three_kls(judge, model):
+    """`batch_kl`; it and two others are left in the run's kls.jsonl."""
+    scores = [float(score(judge, model)) for score in (batch_kl, heldout_kl, rollout_kl)]
+    line = dict(zip(KLS, (-score for score in scores)))
+    append_json(Path(judge.task.config.out_dir) / "kls.jsonl", line)
+    return scores[0]
+
+
+def probe(score_at, improves, last):
+    """Look at all MULTIPLES, keep none."""
+    for multiple in MULTIPLES:
+        score_at(multiple)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The table and the figures.
+
+def table(kept: dict) -> list[list[str]]:
+    """Rows of cells, the head first: KLs and accuracies on the way, tokens, the rate in the end."""
+    rows = {}
+    for run in kept["runs"].values():
+        rows.setdefault(run["row"], []).append(run)
+    lines = []
+    for row, runs in rows.items():
+        stats = interval([numbers_of(run) for run in runs])
+        tokens = " + ".join(f"{stats.pop(key)['mean']:,.0f}" for key in ("sampled", "scored"))
+        rates = [run["searches"][-1][2] for run in runs if run["searches"]]
+        ends = f"{min(rates):.1e} to {max(rates):.1e}" if rates else "-"
+        cells = [cell(numbers, ".2f") for numbers in stats.values()]
+        lines.append([row, str(len(runs)), *cells, tokens, ends])
+    head = ["", "n", *stats, "tokens sampled + only scored", "rate in the end"]
+    return [head, ["---"] * len(head), *lines]
+
+
+def numbers_of(run: dict) -> dict:
+    kls, points = [kl for kl, _ in run["log"]], points_of(run)
+    numbers = {f"KL, steps {a}–{b}": fmean(kls[a - 1:b]) for a, b in WINDOWS}
+    numbers |= {f"accuracy at {point['step']}": point["accuracy"] for point in points[1:]}
+    return numbers | {key: points[-1][key] for key in ("sampled", "scored")}
+
+
+def draw_path(kept: dict, names: list[str], path: Path):
+    """Mean KL of each step's answers, and accuracy, against steps and against tokens."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex="col",
+                                sharey="row")
+    for name in names:
+        runs = [run for run in kept["runs"].values() if run["row"] == name]
+        if not runs:
+            raise ValueError(f"--rows: there is no {name!r}")
+        kls, tokens = np.array([run["log"] for run in runs]).mean(0).T           # (steps,) each
+        points = [points_of(run) for run in runs]
+        steps = [point["step"] for point in points[0]]
+        accuracy = np.mean([[point["accuracy"] for point in run] for run in points], axis=0)
+        spent = np.concatenate(([0], tokens))                 # a step's KL is of answers before it
+        axes[0, 0].plot(range(len(kls)), kls, label=name)
+        axes[0, 1].plot(spent[:-1] / 1000, kls)
+        axes[1, 0].plot(steps, accuracy, marker=".")
+        axes[1, 1].plot(spent[steps] / 1000, accuracy, marker=".")
+    axes[0, 0].set_ylabel("KL to the teacher, nats a token")
+    axes[1, 0].set(ylabel="accuracy", xlabel="optimiser steps")
+    axes[1, 1].set_xlabel("thousands of tokens, searches included")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle("SmolLM2-135M: the rate matters, the search comes near it")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_along(file: Path, path: Path):
+    """A panel a probe: the three KLs against the multiple of Δ."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    probes = [lines[i:i + len(MULTIPLES)] for i in range(0, len(lines), len(MULTIPLES))]
+    figure, axes = plt.subplots(1, len(probes), figsize=(10, 3.4), layout="constrained",
+                                sharey=True, squeeze=False)
+    for i, (axis, probe_) in enumerate(zip(axes[0], probes)):
+        for name, label in KLS.items():
+            axis.plot(range(len(probe_)), [line[name] for line in probe_], ".-", label=label)
+        axis.set_xticks(range(len(MULTIPLES)), MULTIPLES)
+        axis.set(title=f"after step {2 ** i}", xlabel="multiple m of Δ")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("KL to the teacher, nats a token")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle("Old answers promise more along Δ than the candidate's own answers keep")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command.
+
+def main(args=None):
+    parser = argparse.ArgumentParser(prog="python -m extras.real_study", allow_abbrev=False)
+    parser.add_argument("sweep", nargs="?", type=Path, help="directory of a sweep of extras.real")
+    parser.add_argument("--rows", default="", help="rows to draw, comma between them; empty: all")
+    parser.add_argument("--along", type=Path, help="directory with a probe's kls.jsonl")
+    args = parser.parse_args(args)
+    if bool(args.sweep) == bool(args.along):
+        parser.error("give the directory of a sweep, or --along with that of a probe")
+    try:
+        if args.along:
+            return draw_along(args.along / "kls.jsonl", args.along / "along.png")
+        kept = read(args.sweep / "sweep.json")
+        rows = dict.fromkeys(run["row"] for run in kept["runs"].values())
+        print(as_markdown(table(kept)), end="")
+        chosen = args.rows.replace("_", " ").split(",") if args.rows else list(rows)
+        draw_path(kept, chosen, args.sweep / "path.png")
+    except (ValueError, OSError, KeyError) as error:
+        parser.error(f"this is no sweep or probe of extras.real ({error})")
+
+
+if __name__ == "__main__":
+    main()

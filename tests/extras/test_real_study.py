@@ -1,0 +1,87 @@
+"""extras/real_study.py: KLs along one Δ, and what runs did on the way."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+
+import train
+from effopd import EffOPD
+from extras import real, real_study
+from test_real import config_of, home, run                    # noqa: F401 (a fixture)
+
+
+def test_three_kls_are_those_of_three_batches(home, tmp_path):
+    config = config_of(home, out_dir=str(tmp_path))
+    task, student, teacher, _ = real.load_real(config)
+    problems = task.problems(6, random.Random(0))
+    judge = train.Judge(real_study.three_kls, task, teacher, problems[:3])
+    generator = torch.Generator().manual_seed(0)
+    judge.parts, entry = real.opd_step(config, task, student, teacher, problems[3:], generator)
+    judge.num_tokens = entry["num_tokens"]
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        assert -judge(student) == pytest.approx(entry["kl"].item(), rel=1e-5)
+        judge(other)
+    first, second = map(json.loads, (tmp_path / "kls.jsonl").read_text().splitlines())
+    assert first["held out"] == pytest.approx(first["own answers"], rel=1e-5)    # both of W_t
+    assert second["held out"] != pytest.approx(second["own answers"], rel=1e-3)
+    assert first.keys() == real_study.KLS.keys()
+
+
+def test_a_probe_keeps_nothing(home, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    tried = []
+    effopd = EffOPD(model, lambda model: tried.append(model.weight[0, 0].item()) or len(tried),
+                    candidates=real_study.probe, scope="all")
+    with torch.no_grad():
+        model.weight += 1.0
+    before = model.weight.clone()
+    effopd.step(1)
+    assert torch.equal(model.weight, before)
+    steps = [value - before[0, 0].item() for value in tried]
+    assert steps == pytest.approx(list(real_study.MULTIPLES), abs=1e-4)
+
+
+def test_a_probe_through_the_command_and_its_figure(home, tmp_path):
+    run(home, tmp_path / "run", method="effopd", candidates="extras.real_study:probe",
+        score="extras.real_study:three_kls", searches=0)
+    lines = (tmp_path / "run" / "kls.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * len(real_study.MULTIPLES)        # after steps 1 and 2
+    real_study.main(["--along", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "along.png").stat().st_size > 10_000
+
+
+def kept() -> dict:
+    """Two seeds of one setting: KLs 1 2 ... 12 and twice that, a search that ends at 1e-4, 3e-4."""
+    runs = {}
+    for seed in (1, 2):
+        runs[f"seed={seed}"] = dict(
+            row="finder", reference=None, final_accuracy=0.5, searches=[[1, 8, seed ** 2 * 1e-4]],
+            curve=[[0, 0.0, 0, 0, 0.0], [6, 0.1 * seed, 100, 50, 1.0], [12, 0.5, 200, 50, 2.0]],
+            log=[[float(seed * step), 20 * step] for step in range(1, 13)])
+    return dict(grids=[], shared=[], control=None, runs=runs)
+
+
+def test_the_table_by_hand_and_the_figure(tmp_path, capsys):
+    head, _, row = real_study.table(kept())
+    cells = dict(zip(head, row))
+    assert cells[""] == "finder" and cells["n"] == "2"
+    assert cells["KL, steps 1–4"].startswith("3.75 [")        # mean of 2.5 and 5
+    assert cells["KL, steps 9–12"].startswith("15.75 [")
+    assert cells["accuracy at 6"].startswith("0.15 [")
+    assert cells["tokens sampled + only scored"] == "200 + 50"
+    assert cells["rate in the end"] == "1.0e-04 to 4.0e-04"
+    (tmp_path / "sweep.json").write_text(json.dumps(kept()))
+    real_study.main([str(tmp_path), "--rows", "finder"])
+    assert "| finder | 2 |" in capsys.readouterr().out
+    assert (tmp_path / "path.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        real_study.main([str(tmp_path), "--rows", "other"])
+    assert "there is no 'other'" in capsys.readouterr().err
