@@ -29,6 +29,7 @@ import json
 import math
 import random
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -200,11 +201,22 @@ def weighted_step(config, task, student, problems, answers, rewards, advantages)
 METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
 
 
+@contextmanager
+def in_float32(model):
+    """With all digits: what a step at lr 1e-6 changes drowns in bfloat16's rounding."""
+    precision, model.precision = model.precision, None
+    try:
+        yield
+    finally:
+        model.precision = precision
+
+
 def batch_kl(judge, model):
     """-KL(π || π*) on the batch just trained on."""
     judge.scored += judge.num_tokens
-    return -sum(kl_of(model, judge.teacher, states(model, part), part.target, judge.num_tokens)
-                for part in judge.parts)
+    with in_float32(model):
+        return -sum(kl_of(model, judge.teacher, states(model, part), part.target, judge.num_tokens)
+                    for part in judge.parts)
 
 
 def rollout_kl(judge, model):

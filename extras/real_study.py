@@ -1,12 +1,13 @@
-"""What runs of extras/real.py did on the way, and three KLs along one Δ.
+"""What runs of extras/real.py did on the way, and four KLs along one Δ.
 
     python -m extras.real_study assets/sweeps/real            # a sweep of extras.real: path.png
     python -m extras.real_study --along runs/probe            # a probe's kls.jsonl: along.png
-    python -m extras.real ... --candidates extras.real_study:probe --score extras.real_study:three_kls
+    python -m extras.real ... --candidates extras.real_study:probe --score extras.real_study:four_kls
 
-A probe looks far along Δ after each trigger, keeps nothing, and leaves three mean KLs(π || π*) of
-each candidate in the run's kls.jsonl: on the batch just trained on, on answers that W_t gave to
-D_v, and on the candidate's own answers to D_v.
+A probe looks along Δ after each trigger until the score is worse than that of W_t, keeps nothing,
+and leaves four mean KLs(π || π*) of each candidate in the run's kls.jsonl: on the batch just
+trained on, computed in float32 and as the run computes; on answers that W_t gave to D_v; and on the
+candidate's own answers to D_v.
 """
 
 import argparse
@@ -18,13 +19,12 @@ import numpy as np
 import torch
 
 from analyze import interval, plt
-from extras.real import batch_kl, kl_of, rollout_kl, states
+from extras.real import batch_kl, in_float32, kl_of, rollout_kl, states
 from extras.sweep import as_markdown, cell, points_of, read
 from train import append_json, evaluate, pack
 
-MULTIPLES = (0, 2, 4, 8, 16, 32, 64)
-KLS = {"batch": "on the batch just trained on", "held out": "on W$_t$'s answers to D$_v$",
-       "own answers": "on the candidate's own answers to D$_v$"}
+KLS = {"batch": "on the batch just trained on", "batch, as run": "the same, in bfloat16",
+       "held out": "on W$_t$'s answers to D$_v$", "own": "on its own answers to D$_v$"}
 WINDOWS = ((1, 4), (5, 8), (9, 12))                           # steps whose KLs are averaged
 
 
@@ -48,22 +48,30 @@ def heldout_kl(judge, model):
         judge.sampled += num_tokens
     parts, num_tokens = held_out[seed]
     judge.scored += num_tokens
+    with in_float32(model):
+        return minus_kl(judge, model, parts, num_tokens)
+
+
+def minus_kl(judge, model, parts, num_tokens):
     return -sum(kl_of(model, judge.teacher, states(model, part), part.target, num_tokens)
                 for part in parts)
 
 
-def three_kls(judge, model):
-    """`batch_kl`; it and two others are left in the run's kls.jsonl."""
-    scores = [float(score(judge, model)) for score in (batch_kl, heldout_kl, rollout_kl)]
-    line = dict(zip(KLS, (-score for score in scores)))
+def four_kls(judge, model):
+    """`batch_kl`; it and three others are left in the run's kls.jsonl."""
+    as_run = minus_kl(judge, model, judge.parts, judge.num_tokens)
+    scores = [batch_kl(judge, model), as_run, heldout_kl(judge, model), rollout_kl(judge, model)]
+    line = {name: -float(score) for name, score in zip(KLS, scores)}
     append_json(Path(judge.task.config.out_dir) / "kls.jsonl", line)
     return scores[0]
 
 
 def probe(score_at, improves, last):
-    """Look at all MULTIPLES, keep none."""
-    for multiple in MULTIPLES:
-        score_at(multiple)
+    """Look at 0, 1, 2, 4, 8, ... until the score is worse than at 0; keep 0."""
+    start = score_at(0)
+    for k in range(12):
+        if not score_at(2 ** k) > start:
+            break
     return 0
 
 
@@ -94,7 +102,7 @@ def numbers_of(run: dict) -> dict:
     return numbers | {key: points[-1][key] for key in ("sampled", "scored")}
 
 
-def draw_path(kept: dict, names: list[str], path: Path):
+def draw_path(kept: dict, names: list[str], path: Path, title: str):
     """Mean KL of each step's answers, and accuracy, against steps and against tokens."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex="col",
                                 sharey="row")
@@ -117,28 +125,35 @@ def draw_path(kept: dict, names: list[str], path: Path):
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle("SmolLM2-135M: the rate matters, the search comes near it")
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_along(file: Path, path: Path):
-    """A panel a probe: the three KLs against the multiple of Δ."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    probes = [lines[i:i + len(MULTIPLES)] for i in range(0, len(lines), len(MULTIPLES))]
-    figure, axes = plt.subplots(1, len(probes), figsize=(10, 3.4), layout="constrained",
-                                sharey=True, squeeze=False)
-    for i, (axis, probe_) in enumerate(zip(axes[0], probes)):
-        for name, label in KLS.items():
-            axis.plot(range(len(probe_)), [line[name] for line in probe_], ".-", label=label)
-        axis.set_xticks(range(len(MULTIPLES)), MULTIPLES)
-        axis.set(title=f"after step {2 ** i}", xlabel="multiple m of Δ")
+def draw_along(directory: Path, title: str):
+    """A panel a probe: the KLs against the learning rate that would have led to each candidate."""
+    lines, searches = (read_lines(directory / name) for name in ("kls.jsonl", "search.jsonl"))
+    figure, axes = plt.subplots(1, len(searches), figsize=(3 + 2.2 * len(searches), 3.8),
+                                layout="constrained", sharey=True, squeeze=False)
+    for axis, search in zip(axes[0], searches):
+        candidates = [lines.pop(0) for _ in search["multiples"]]
+        rates = [search["lr"] * (1 + multiple) for multiple in search["multiples"]]
+        for name, style in zip(KLS, ("o-", "o:", "s-", "^-")):
+            axis.plot(rates, [line[name] for line in candidates], style, markersize=4,
+                      label=KLS[name])
+        axis.set_xscale("log")
+        axis.set(title=f"after step {search['step']}", xlabel="lr · (1 + m)")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("KL to the teacher, nats a token")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle("Old answers promise more along Δ than the candidate's own answers keep")
-    figure.savefig(path, dpi=120)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(directory / "along.png", dpi=120)
     plt.close(figure)
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,17 +164,18 @@ def main(args=None):
     parser.add_argument("sweep", nargs="?", type=Path, help="directory of a sweep of extras.real")
     parser.add_argument("--rows", default="", help="rows to draw, comma between them; empty: all")
     parser.add_argument("--along", type=Path, help="directory with a probe's kls.jsonl")
+    parser.add_argument("--title", default="", help="of the figure")
     args = parser.parse_args(args)
     if bool(args.sweep) == bool(args.along):
         parser.error("give the directory of a sweep, or --along with that of a probe")
     try:
         if args.along:
-            return draw_along(args.along / "kls.jsonl", args.along / "along.png")
+            return draw_along(args.along, args.title)
         kept = read(args.sweep / "sweep.json")
         rows = dict.fromkeys(run["row"] for run in kept["runs"].values())
         print(as_markdown(table(kept)), end="")
         chosen = args.rows.replace("_", " ").split(",") if args.rows else list(rows)
-        draw_path(kept, chosen, args.sweep / "path.png")
+        draw_path(kept, chosen, args.sweep / "path.png", args.title)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"this is no sweep or probe of extras.real ({error})")
 

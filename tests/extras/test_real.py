@@ -255,6 +255,26 @@ def test_scores_are_train_pys(home):
     assert values[real][0] == pytest.approx(-float(entry["kl"]), rel=1e-4)
 
 
+def test_a_step_that_bfloat16_rounds_away_is_seen_by_the_judge(home):
+    config = config_of(home, dtype="mixed")
+    task, student, teacher, _ = load_real(config)
+    problems, generator = task.problems(6, random.Random(3)), torch.Generator().manual_seed(0)
+    parts, entry = real.opd_step(config, task, student, teacher, problems, generator)
+    judge = train.Judge(None, task, teacher, problems, parts, entry["num_tokens"])
+    scores, rounded = [], []                                  # in float32, and in bfloat16
+    with torch.no_grad():
+        for _ in range(4):
+            scores.append(float(real.batch_kl(judge, student)))
+            rounded.append(-float(real.kl_of(student, teacher, real.states(student, parts[0]),
+                                             parts[0].target, entry["num_tokens"])))
+            for p in student.parameters():
+                p -= 1e-6 * p.grad.sign()
+    gains, rounded_gains = ([b - a for a, b in zip(s, s[1:])] for s in (scores, rounded))
+    assert 0 < max(gains) < 1.05 * min(gains)                 # equal steps, equal gains
+    assert max(rounded_gains) > 1.5 * min(rounded_gains)
+    assert student.precision == torch.bfloat16
+
+
 # Tokenizers, templates, ends.
 
 def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):

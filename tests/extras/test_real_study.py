@@ -13,11 +13,11 @@ from extras import real, real_study
 from test_real import config_of, home, run                    # noqa: F401 (a fixture)
 
 
-def test_three_kls_are_those_of_three_batches(home, tmp_path):
+def test_four_kls_are_those_of_three_batches(home, tmp_path):
     config = config_of(home, out_dir=str(tmp_path))
     task, student, teacher, _ = real.load_real(config)
     problems = task.problems(6, random.Random(0))
-    judge = train.Judge(real_study.three_kls, task, teacher, problems[:3])
+    judge = train.Judge(real_study.four_kls, task, teacher, problems[:3])
     generator = torch.Generator().manual_seed(0)
     judge.parts, entry = real.opd_step(config, task, student, teacher, problems[3:], generator)
     judge.num_tokens = entry["num_tokens"]
@@ -29,31 +29,37 @@ def test_three_kls_are_those_of_three_batches(home, tmp_path):
     with torch.no_grad():
         assert -judge(student) == pytest.approx(entry["kl"].item(), rel=1e-5)
         judge(other)
-    first, second = map(json.loads, (tmp_path / "kls.jsonl").read_text().splitlines())
-    assert first["held out"] == pytest.approx(first["own answers"], rel=1e-5)    # both of W_t
-    assert second["held out"] != pytest.approx(second["own answers"], rel=1e-3)
+    first, second = real_study.read_lines(tmp_path / "kls.jsonl")
+    assert second["batch"] == pytest.approx(second["batch, as run"], rel=1e-5)   # it is in float32
+    assert first["held out"] == pytest.approx(first["own"], rel=1e-5)    # both of W_t
+    assert second["held out"] != pytest.approx(second["own"], rel=1e-3)
     assert first.keys() == real_study.KLS.keys()
 
 
 def test_a_probe_keeps_nothing(home, tmp_path):
     model = torch.nn.Linear(2, 2)
     tried = []
-    effopd = EffOPD(model, lambda model: tried.append(model.weight[0, 0].item()) or len(tried),
-                    candidates=real_study.probe, scope="all")
+    def falls_at_5(model):
+        tried.append(round(model.weight[0, 0].item() - start))
+        return -abs(tried[-1] - 5)
+
+    effopd = EffOPD(model, falls_at_5, candidates=real_study.probe, scope="all")
+    start = model.weight[0, 0].item() + 1
     with torch.no_grad():
-        model.weight += 1.0
+        model.weight += 1.0                                   # Δ
     before = model.weight.clone()
     effopd.step(1)
     assert torch.equal(model.weight, before)
-    steps = [value - before[0, 0].item() for value in tried]
-    assert steps == pytest.approx(list(real_study.MULTIPLES), abs=1e-4)
+    assert tried == [0, 1, 2, 4, 8, 16]
 
 
 def test_a_probe_through_the_command_and_its_figure(home, tmp_path):
     run(home, tmp_path / "run", method="effopd", candidates="extras.real_study:probe",
-        score="extras.real_study:three_kls", searches=0)
+        score="extras.real_study:four_kls", searches=0)
     lines = (tmp_path / "run" / "kls.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * len(real_study.MULTIPLES)        # after steps 1 and 2
+    searches = real_study.read_lines(tmp_path / "run" / "search.jsonl")
+    assert len(lines) == sum(len(search["multiples"]) for search in searches) >= 6
+    assert [search["multiple"] for search in searches] == [0, 0]     # after steps 1 and 2
     real_study.main(["--along", str(tmp_path / "run")])
     assert (tmp_path / "run" / "along.png").stat().st_size > 10_000
 
