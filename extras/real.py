@@ -203,12 +203,15 @@ METHODS = {"opd": opd_step, "effopd": opd_step, "rl": rl_step, "sft": sft_step}
 
 @contextmanager
 def in_float32(model):
-    """With all digits: what a step at lr 1e-6 changes drowns in bfloat16's rounding."""
-    precision, model.precision = model.precision, None
+    """With all digits: what a step at lr 1e-6 changes drowns in bfloat16 or TF32 rounding."""
+    precision, tf32 = model.precision, torch.get_float32_matmul_precision()
+    model.precision = None
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         model.precision = precision
+        torch.set_float32_matmul_precision(tf32)
 
 
 def batch_kl(judge, model):

@@ -275,6 +275,19 @@ def test_a_step_that_bfloat16_rounds_away_is_seen_by_the_judge(home):
     assert student.precision == torch.bfloat16
 
 
+def test_the_judge_has_no_tf32_and_puts_it_back(home):
+    model = GPT.from_pretrained(home / "student")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")            # as train.main does on a GPU
+        with pytest.raises(ZeroDivisionError), real.in_float32(model):
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # Tokenizers, templates, ends.
 
 def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):
