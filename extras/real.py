@@ -183,7 +183,7 @@ def sft_step(config, task, student, teacher, problems, generator):
 
 def weighted_step(config, task, student, problems, answers, rewards, advantages):
     """RL's policy gradient; cross-entropy where all advantages (B,) are 1."""
-    def policy_loss(logits, tokens, advantages):                                 # (n, V), (n,), (n,)
+    def policy_loss(logits, tokens, advantages):        # (n, V), (n,), (n,)
         return policy_gradient(logits, tokens, advantages, None, num_tokens)
 
     parts, num_tokens = pack(task, problems, answers, student.device, config.micro_batch_size)
