@@ -93,7 +93,7 @@ real() {  # SmolLM2-135M towards its own SFT, the pair of docs/real-models.md
     rows+=,finder_once_1e-5+method=effopd+lr=1e-5,finder_once_1e-6+method=effopd+lr=1e-6
     rows+=,OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon
     rows+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
-    rows+=,paper_>_1e-4+$accuracy+accept=gt+lr=1e-4
+    rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4"
     "$python" -m extras.sweep "seed=0:3 label=$rows" --module extras.real $pair --out_dir "$out/real"
 }
 
