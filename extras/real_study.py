@@ -2,7 +2,8 @@
 
     python -m extras.real_study assets/sweeps/real            # a sweep of extras.real: path.png
     python -m extras.real_study --along runs/probe            # a probe's kls.jsonl: along.png
-    python -m extras.real ... --candidates extras.real_study:probe --score extras.real_study:four_kls
+    python -m extras.real ... --searches 0 --move_lr false
+        --candidates extras.real_study:probe --score extras.real_study:four_kls
 
 A probe looks along Δ after each trigger until the score is worse than that of W_t, keeps nothing,
 and leaves four mean KLs(π || π*) of each candidate in the run's kls.jsonl: on the batch just
@@ -25,7 +26,6 @@ from train import append_json, evaluate, pack
 
 KLS = {"batch": "on the batch just trained on", "batch, as run": "the same, in bfloat16",
        "held out": "on W$_t$'s answers to D$_v$", "own": "on its own answers to D$_v$"}
-WINDOWS = ((1, 4), (5, 8), (9, 12))                           # steps whose KLs are averaged
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def probe(score_at, improves, last):
 # The table and the figures.
 
 def table(kept: dict) -> list[list[str]]:
-    """Rows of cells, the head first: KLs and accuracies on the way, tokens, the rate in the end."""
+    """Rows of cells, the head first: KLs by quarters of a run, accuracies, tokens, last rate."""
     rows = {}
     for run in kept["runs"].values():
         rows.setdefault(run["row"], []).append(run)
@@ -97,7 +97,9 @@ def table(kept: dict) -> list[list[str]]:
 
 def numbers_of(run: dict) -> dict:
     kls, points = [kl for kl, _ in run["log"]], points_of(run)
-    numbers = {f"KL, steps {a}–{b}": fmean(kls[a - 1:b]) for a, b in WINDOWS}
+    quarter = len(kls) // 4
+    numbers = {f"KL, steps {i + 1}–{i + quarter}": fmean(kls[i:i + quarter])
+               for i in range(0, 4 * quarter, quarter)}
     numbers |= {f"accuracy at {point['step']}": point["accuracy"] for point in points[1:]}
     return numbers | {key: points[-1][key] for key in ("sampled", "scored")}
 

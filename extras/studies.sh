@@ -85,16 +85,18 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
 
 real() {  # SmolLM2-135M towards its own SFT, the pair of docs/real-models.md
     pair="--student smollm2 --teacher teacher --data problems.jsonl --system Solve."
-    pair+=" --max_new_tokens 40 --dtype mixed --batch_size 16 --micro_batch_size 0 --steps 12"
-    pair+=" --eval_every 6 --eval_size 100"
+    pair+=" --max_new_tokens 40 --dtype mixed --batch_size 16 --micro_batch_size 0 --steps 16"
+    pair+=" --eval_every 8 --eval_size 100"
     accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
     accuracy+=+scope=attention+mlp+move_lr=false
-    rows=OPD_1e-4+method=opd+lr=1e-4,OPD_3e-4+method=opd+lr=3e-4,OPD_1e-5+method=opd+lr=1e-5
+    rows=OPD_1e-4+method=opd+lr=1e-4,OPD_3e-4+method=opd+lr=3e-4
     rows+=,finder_once_1e-5+method=effopd+lr=1e-5,finder_once_1e-6+method=effopd+lr=1e-6
-    rows+=,OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon
-    rows+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
     rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4"
-    "$python" -m extras.sweep "seed=0:3 label=$rows" --module extras.real $pair --out_dir "$out/real"
+    more=OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon,OPD_1e-5+method=opd+lr=1e-5
+    more+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
+    for grid in "label=$rows seed=0:1" "label=$more seed=0:1" "label=$rows seed=1:3"; do
+        "$python" -m extras.sweep "$grid" --module extras.real $pair --out_dir "$out/real"
+    done
 }
 
 figures() {  # with their titles and targets, from the committed JSON; a few seconds

@@ -79,8 +79,8 @@ def test_the_table_by_hand_and_the_figure(tmp_path, capsys):
     head, _, row = real_study.table(kept())
     cells = dict(zip(head, row))
     assert cells[""] == "finder" and cells["n"] == "2"
-    assert cells["KL, steps 1–4"].startswith("3.75 [")        # mean of 2.5 and 5
-    assert cells["KL, steps 9–12"].startswith("15.75 [")
+    assert cells["KL, steps 1–3"].startswith("3.00 [")        # mean of 2 and 4
+    assert cells["KL, steps 10–12"].startswith("16.50 [")
     assert cells["accuracy at 6"].startswith("0.15 [")
     assert cells["tokens sampled + only scored"] == "200 + 50"
     assert cells["rate in the end"] == "1.0e-04 to 4.0e-04"

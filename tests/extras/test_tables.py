@@ -4,7 +4,8 @@
 
 After <!-- accuracy FILE.json --at 8 --> or <!-- cost FILE.json --target .9 --> stands that table of
 extras/sweep.py; after <!-- final FILE,FILE --> a column for each file, which is a gap; after
-<!-- claims DIRECTORY,DIRECTORY --> the table of extras/foresight.py.
+<!-- claims DIRECTORY,DIRECTORY --> the table of extras/foresight.py; after <!-- path FILE --> that of
+extras/real_study.py.
 """
 
 import re
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from extras import foresight, sweep
+from extras import foresight, real_study, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLE = re.compile(r"<!-- (accuracy|cost|final|claims) (\S+)(.*?) -->\n(?:\|.*\n)*")
+TABLE = re.compile(r"<!-- (accuracy|cost|final|claims|path) (\S+)(.*?) -->\n(?:\|.*\n)*")
 
 
 def with_tables(page: Path) -> str:
@@ -27,6 +28,9 @@ def with_tables(page: Path) -> str:
         if kind == "claims":
             rows = foresight.table([ROOT / directory for directory in files.split(",")])
             return f"<!-- claims {files} -->\n{sweep.as_markdown(rows)}"
+        if kind == "path":
+            rows = real_study.table(sweep.read(ROOT / files))
+            return f"<!-- path {files} -->\n{sweep.as_markdown(rows)}"
         tables = []
         for file in files.split(","):
             args, _ = sweep.parse_args(["--redraw", str(ROOT / file), *options.split()])
