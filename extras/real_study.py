@@ -135,7 +135,7 @@ def draw_path(kept: dict, names: list[str], path: Path, title: str):
 def draw_along(directory: Path, title: str):
     """A panel a probe: the KLs against the learning rate that would have led to each candidate."""
     lines, searches = (read_lines(directory / name) for name in ("kls.jsonl", "search.jsonl"))
-    figure, axes = plt.subplots(1, len(searches), figsize=(3 + 2.2 * len(searches), 3.8),
+    figure, axes = plt.subplots(1, len(searches), figsize=(5 + 1.7 * len(searches), 4),
                                 layout="constrained", sharey=True, squeeze=False)
     for axis, search in zip(axes[0], searches):
         candidates = [lines.pop(0) for _ in search["multiples"]]
