@@ -288,6 +288,16 @@ def test_the_judge_has_no_tf32_and_puts_it_back(home):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("flags, says", [({}, True), ({"avx512_bf16": True}, False)])
+def test_a_cpu_that_emulates_bfloat16_is_named(home, monkeypatch, capsys, flags, says):
+    cpu = {"architecture": "x86_64"} | flags
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    load_real(config_of(home, dtype="mixed"))
+    assert ("--dtype float32 will be faster" in capsys.readouterr().out) == says
+    load_real(config_of(home, dtype="float32"))
+    assert "faster" not in capsys.readouterr().out
+
+
 # Tokenizers, templates, ends.
 
 def test_padding_rows_are_no_difference_and_never_sampled(home, tmp_path):
