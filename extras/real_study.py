@@ -88,7 +88,7 @@ def table(kept: dict) -> list[list[str]]:
         stats = interval([numbers_of(run) for run in runs])
         tokens = " + ".join(f"{stats.pop(key)['mean']:,.0f}" for key in ("sampled", "scored"))
         rates = [run["searches"][-1][2] for run in runs if run["searches"]]
-        ends = f"{min(rates):.1e} to {max(rates):.1e}" if rates else "-"
+        ends = " to ".join(sorted({f"{rate:.1e}" for rate in rates})) or "-"
         cells = [cell(numbers, ".2f") for numbers in stats.values()]
         lines.append([row, str(len(runs)), *cells, tokens, ends])
     head = ["", "n", *stats, "tokens sampled + only scored", "rate in the end"]

@@ -83,10 +83,12 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
     "$python" analyze.py "runs/foresight-$1" --out_dir "assets/analysis/$1"
 }
 
-real() {  # SmolLM2-135M towards its own SFT, the pair of docs/real-models.md
-    pair="--student smollm2 --teacher teacher --data problems.jsonl --system Solve."
-    pair+=" --max_new_tokens 40 --dtype mixed --batch_size 16 --micro_batch_size 0 --steps 16"
-    pair+=" --eval_every 8 --eval_size 100"
+# SmolLM2-135M towards its own SFT: docs/real-models.md says where both come from.
+pair="--student smollm2 --teacher teacher --data problems.jsonl --system Solve."
+pair+=" --max_new_tokens 40 --dtype mixed --batch_size 16 --micro_batch_size 0"
+
+real() {  # OPD and searches, 16 steps
+    run="--module extras.real $pair --steps 16 --eval_every 8 --eval_size 100 --out_dir $out/real"
     accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
     accuracy+=+scope=attention+mlp+move_lr=false
     rows=OPD_1e-4+method=opd+lr=1e-4,OPD_3e-4+method=opd+lr=3e-4
@@ -95,8 +97,16 @@ real() {  # SmolLM2-135M towards its own SFT, the pair of docs/real-models.md
     more=OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon,OPD_1e-5+method=opd+lr=1e-5
     more+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
     for grid in "label=$rows seed=0:1" "label=$more seed=0:1" "label=$rows seed=1:3"; do
-        "$python" -m extras.sweep "$grid" --module extras.real $pair --out_dir "$out/real"
+        "$python" -m extras.sweep "$grid" $run
     done
+}
+
+probe() {  # four KLs along the first Δ
+    "$python" -m extras.real $pair --steps 1 --lr 1e-6 --searches 0 --move_lr false --dv_size 16 \
+        --candidates extras.real_study:probe --score extras.real_study:four_kls \
+        --eval_size 2 --out_dir runs/probe
+    mkdir -p "$out/real-probe-first"
+    cp runs/probe/{kls,search}.jsonl "$out/real-probe-first"
 }
 
 figures() {  # with their titles and targets, from the committed JSON; a few seconds
@@ -116,6 +126,11 @@ figures() {  # with their titles and targets, from the committed JSON; a few sec
     draw controls-habit .7 "habit, from 1e-5: the rate without the jump, and no rate at all"
     draw scores-habit .7 "habit, the finder: who judges"
     "$python" -m extras.foresight assets/analysis/{slip,habit,skill}
+    "$python" -m extras.real_study "$out/real" \
+        --rows "OPD_1e-5,OPD_1e-4,OPD_3e-4,OPD_Muon_3e-4,finder_once_1e-5,paper_>_1e-4" \
+        --title "SmolLM2-135M towards its own SFT (OPD 1e-4: mean of three seeds; others: one)"
+    "$python" -m extras.real_study --along "$out/real-probe-first" \
+        --title "bfloat16 hides a small step, and old answers promise too much"
 }
 
 if [ $# = 1 ]; then
