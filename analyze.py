@@ -132,7 +132,7 @@ class Checkpoint:
 
 def role_of(name: str) -> str:
     """attention, mlp, embedding, head, norm or other, by the name of a weight or a bias."""
-    kind = module_of(re.sub("bias$", "weight", name))[1]
+    kind = module_of(re.sub("bias$", "weight", name))[1]      # a bias has its matrix's role
     if kind in ("norm", "embedding", "head"):
         return kind
     for role, scope in (("mlp", "mlp"), ("attention", "attention+mlp")):
@@ -166,12 +166,15 @@ def check(base, points):
 class Trajectory:
     """A run's S checkpoints after W_0, at steps t = steps[i], and what is kept of their ΔW_t.
 
-    gram              <ΔW_s, ΔW_t>, (S, S) float64; norms and cosines come from it
+    points, steps     the checkpoints, and after how many steps each was written
+    gram              <ΔW_s, ΔW_t>, (S, S) float64
+    norms, progress   ‖ΔW_t‖_F and t / T: S numbers each
+    early             index of the checkpoint nearest to 10% of training
     squares           {name: ‖ΔW_T‖² of this tensor}
     sigmas            {name of a matrix: S times its singular values (r,)}, of those that moved
     alignment         `alignment` of ΔW_t with ΔW_T, mean over matrices: S numbers
     embedding_cosine  cosine of W_0's and W_T's embedding rows, mean over those that moved
-    end               [accuracy, KL to the teacher] of W_T, where these are known
+    end               [accuracy, KL to the teacher] of W_T; `Study` finds it
 
     In memory at once: a block of rows of all checkpoints, or the SVDs of one matrix.
     """
@@ -219,12 +222,12 @@ def leading(matrix):
 
 
 def alignment(a, b) -> float:
-    """6: ‖U_kᵀU_k'‖_F² / k of two SVDs, mean over k = 1..20 and over left and right vectors."""
+    """Question 6: ‖U_kᵀU_k'‖_F² / k of two SVDs, mean over k = 1..20 and left and right vectors."""
     return (basis_alignment(a[0], b[0], KS) + basis_alignment(a[2], b[2], KS)) / 2
 
 
 def cosines(gram):
-    """6: cos(ΔW_t, ΔW_T), which rises by construction, and cos(ΔW_t, W_T - W_t): (S,) each."""
+    """Question 6: cos(ΔW_t, ΔW_T), which rises anyhow, and cos(ΔW_t, W_T - W_t): (S,) each."""
     squares, products, end = gram.diagonal(), gram[:, -1], gram[-1, -1]          # (S,), (S,), ()
     remaining = (squares - 2 * products + end).clamp(min=0)                      # ‖W_T - W_t‖²
     to_end = products / (squares * end).sqrt().clamp(min=1e-30)
@@ -233,7 +236,7 @@ def cosines(gram):
 
 
 def in_two_components(gram) -> float:
-    """9: % of the variance of W_0 and the W_t that their first two principal components have."""
+    """Question 9: % of the variance of W_0 and the W_t in their first two principal components."""
     gram = F.pad(gram, (1, 0, 1, 0))                          # W_0, whose update is 0
     centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     variances = torch.linalg.eigvalsh(centred)
@@ -263,7 +266,7 @@ def walk_gram(steps, momentum=0.9):
 
 @cache
 def walk_alignment(shape, steps) -> list:
-    """6: `alignment` with its end, at these steps, of a random walk in matrices of this shape."""
+    """Question 6: `alignment` with its end of a random walk of these steps, in such matrices."""
     noise = torch.randn(len(steps), *shape, generator=torch.Generator().manual_seed(0))
     mix = torch.linalg.cholesky(walk_gram(steps)).float()     # (S, S): makes them covary like that
     svds = [leading(torch.tensordot(row, noise, 1)) for row in mix]
@@ -276,7 +279,7 @@ def walk_alignment(shape, steps) -> list:
 class Study:
     """methods: {label: its Trajectories, one for each seed}. Without a task: from weights alone.
 
-    w_0: W_0's weights. colder: its [accuracy, KL to the teacher] at all TEMPERATURES.
+    w_0: W_0's weights. colder: its [accuracy, KL to the teacher] at all TEMPERATURES; start: at 1.
     """
 
     def __init__(self, base, methods, task=None, model=None, teacher=None, problems=()):
@@ -286,7 +289,7 @@ class Study:
         if task:
             self.w_0 = base.weights()
             self.colder = [self.assess({}, temperature=T) for T in TEMPERATURES]
-            self.start = self.colder[0]                       # at T = 1
+            self.start = self.colder[0]
             for run in self.runs:
                 run.end = self.assess(self.update(run))
 
@@ -298,27 +301,25 @@ class Study:
     def assess(self, update, alpha=1.0, temperature=1.0) -> list:
         """[accuracy, KL(π || π*) in nats a token] of W_0 + α update; what it does not name stays.
 
-        Always under the same random numbers. The temperature divides the logits, for both.
+        Always under the same random numbers. The temperature divides the student's logits.
         """
         for name, p in self.model.named_parameters():
             p.copy_(self.w_0[name])
             if name in update:
                 p += alpha * update[name].to(p.device)                           # W_0 + αΔW
         right, answers = evaluate(self.model, self.task, self.problems, temperature=temperature)
-        parts, num_tokens = pack(self.task, self.problems[:KL_ANSWERS], answers[:KL_ANSWERS],
-                                 self.model.device)
-        kl = 0.0
-        for part in parts:
-            logits = self.model(part.inputs) / max(temperature, 1e-3)            # (b, T, V)
-            kl += reverse_kl(logits, self.teacher(part.inputs), part.mask, num_tokens).item()
-        return [right, kl]
+        (part,), num_tokens = pack(self.task, self.problems[:KL_ANSWERS], answers[:KL_ANSWERS],
+                                   self.model.device)
+        logits = self.model(part.inputs) / max(temperature, 1e-3)                # (b, T, V)
+        kl = reverse_kl(logits, self.teacher(part.inputs), part.mask, num_tokens)
+        return [right, kl.item()]
 
     def accuracy(self, update, alpha=1.0) -> float:
         return self.assess(update, alpha)[0]
 
 
 def truncated(svds, k, end) -> dict:
-    """7: Σ σ_i u_i v_iᵀ over the leading ("top") or trailing ("bottom") k% of directions."""
+    """Question 7: Σ σ_i u_i v_iᵀ over the leading ("top") or the last ("bottom") k% of them."""
     kept = {}
     for name, (U, sigma, Vh) in svds.items():
         num = max(1, round(k / 100 * len(sigma)))
@@ -328,7 +329,7 @@ def truncated(svds, k, end) -> dict:
 
 
 def rescaled(early, final, beta) -> dict:
-    """8: ΔW_t [1 + β (‖ΔW_T‖ / ‖ΔW_t‖ - 1)], tensor by tensor."""
+    """Question 8: ΔW_t [1 + β (‖ΔW_T‖ / ‖ΔW_t‖ - 1)], tensor by tensor."""
     stretched = {}
     for name, d in early.items():
         ratio = final[name].norm() / d.norm() if d.any() else 1.0
@@ -612,14 +613,14 @@ QUESTIONS = {  # name: (how to measure it, how to draw it, what the paper says)
     "one_scalar": (measure_one_scalar, draw_one_scalar, "nothing, it does not ask"),
 }
 OF_WEIGHTS = ("update_norms", "embeddings", "spectra", "alignment", "paths")
-OF_PATHS = ("alignment", "paths")                             # one checkpoint is no path
+OF_PATHS = ("alignment", "early_rescaled", "paths")           # one checkpoint is no path
 
 
 def ask(study) -> dict:
     """{question: {label: numbers}}."""
-    answers, path = {}, all(len(run.steps) > 1 for run in study.runs)
+    answers, several = {}, all(len(run.steps) > 1 for run in study.runs)
     for name, (measure, _, _) in QUESTIONS.items():
-        if (study.task or name in OF_WEIGHTS) and (path or name not in OF_PATHS):
+        if (study.task or name in OF_WEIGHTS) and (several or name not in OF_PATHS):
             answers[name] = {label: interval([measure(study, run) for run in tqdm(runs, name)])
                              for label, runs in study.methods.items()}
     return answers
@@ -745,7 +746,8 @@ def difference(a: Path, b: Path) -> str | None:
 
 def expand(directory: Path) -> list[Path]:
     """A run's directory, or those of the runs inside a race's or a sweep's."""
-    return sorted(path.parent for path in directory.rglob("checkpoints")) or [directory]
+    starts = directory.rglob("checkpoints/step_000000")       # not of a run that kept only the end
+    return sorted(path.parents[1] for path in starts) or [directory]
 
 
 def newest_runs() -> list[Path]:

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 # token counts. Position t of the logits predicts token t: shift before you call. The student's side
 # carries the gradient, the teacher's never does. The sum over tokens is divided by num_tokens (an
 # int; default: the mask's sum), so micro-batches that are given the whole batch's number add up to
-# its gradient. mask None: all tokens count, and the logits may be (N, V).
+# its gradient. mask None: all tokens count, and the logits may be (N, V), but in the sampled form.
 
 def reverse_kl(student_logits, teacher_logits, mask=None, num_tokens=None):
     """Mean over tokens of KL(π || π*) = Σ_v π(v) [log π(v) - log π*(v)], in nats: a scalar.
@@ -214,15 +214,15 @@ class EffOPD:
     candidates: "linear" (the paper's), "doubling" or "line", with num_candidates; or a function
         (score_at, improves, last) -> multiple, see the searches above.
     scope: "attention+mlp" or "mlp" matrices, found by name (SCOPES), or "all" trainable parameters.
-    first_trigger: searches at this step and its doublings. every: also at each multiple (0: off).
-    searches: at most so many (0: no limit).
+    first_trigger: searches at this step and its doublings.
+    every: searches also after every so many steps (0: off).
+    searches: at most so many, those included that a gate keeps closed (0: no limit).
     move_lr: a search that keeps multiple m, and so finds updates 1 + m times as long to be better,
         multiplies the learning rate by 1 + m. Needs `optimizer`, one or a list. A scheduler that
         computes the rate from its base_lrs undoes it (extras/trl_callback.py moves those too).
     direction: None, or a function from a tensor's Δ to another tensor to go along instead.
     utility_gate: a jump leaves out the parameters whose utility is not positive.
-    alignment_gate: no search where Δ's subspace alignment with the last Δ is below this (None:
-        always search).
+    alignment_gate: no search where Δ's subspace alignment with the last Δ is below this (0: off).
     seed: of the candidates' random states.
 
     Keeps two copies of the weights in scope (W_prev and the last Δ), four during a search. If
@@ -233,7 +233,7 @@ class EffOPD:
 
     def __init__(self, model, validate, *, accept="gt", candidates="linear", num_candidates=5,
                  scope="attention+mlp", first_trigger=1, every=0, searches=0, optimizer=None,
-                 move_lr=False, direction=None, utility_gate=False, alignment_gate=None, seed=0):
+                 move_lr=False, direction=None, utility_gate=False, alignment_gate=0.0, seed=0):
         choose("scope", scope, [*SCOPES, "all"])
         if min(num_candidates, first_trigger) < 1 or min(every, searches) < 0:
             raise ValueError("num_candidates and first_trigger must be 1 or more, every and "
@@ -274,9 +274,10 @@ class EffOPD:
 
         The record: step; multiples and scores in the order tried, W_t (multiple 0) first, None for
         a score that is not finite, none at all where a gate leaves nothing to search; multiple, the
-        one kept (the weights are now W_t + multiple * Δ); lr, the learning rate from now on (None
-        without `optimizer`); delta_norm = ||Δ||_F; cosine and alignment of Δ with the last search's
-        Δ, None at the first; utility of each parameter in scope, {} without gradients; seconds.
+        one kept (the weights are now W_t + multiple * Δ, what utility_gate leaves out aside); lr,
+        the learning rate from now on (None without `optimizer`); delta_norm = ||Δ||_F; cosine and
+        alignment of Δ with the last search's Δ, None at the first; utility of each parameter in
+        scope, {} without gradients; seconds.
         """
         if not self.is_trigger(t):
             return None
@@ -284,7 +285,7 @@ class EffOPD:
         seed = (self.seed * 1_000_003 + t) % 2 ** 63
         current = self.copy_weights()                                            # W_t
         delta = {name: w - self.previous[name] for name, w in current.items()}   # Δ = W_t - W_prev
-        with undisturbed(self.model, seed):                   # for what draws random numbers here
+        with undisturbed(self.model, seed):                   # a direction, an SVD may draw numbers
             if self.direction is not None:
                 delta = {name: self.direction(d) for name, d in delta.items()}
             record = self.look_at(delta)
@@ -292,8 +293,7 @@ class EffOPD:
         moved = delta
         if self.utility_gate:
             moved = {name: d for name, d in delta.items() if record["utility"].get(name, 0.0) > 0}
-        gate = self.alignment_gate
-        closed = gate is not None and self.delta is not None and (record["alignment"] or 0.0) < gate
+        closed = self.delta is not None and (record["alignment"] or 0.0) < self.alignment_gate
 
         tried, kept = {}, 0
 
@@ -305,7 +305,7 @@ class EffOPD:
         try:
             if moved and not closed:
                 last = 0
-                if self.history and not self.move_lr:         # else Δ has grown by 1 + m since
+                if self.history and not self.move_lr:         # with it, Δ itself is longer now
                     last = self.history[-1]["multiple"]
                 kept = self.search(score_at, self.improves, last)
         finally:                                              # W_t again if validate raised

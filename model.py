@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The shape of a model, in Hugging Face's field names."""
+    """The shape of a model, in Hugging Face's field names but for the last three."""
     vocab_size: int
     hidden_size: int = 96
     intermediate_size: int = 256
@@ -50,7 +50,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = False                # q, k and v have a bias (Qwen2)
     qk_norm: bool = False                       # RMSNorm on each head's q and k (Qwen3)
-    eos_token_id: int | list[int] | None = None  # for those who load the model; not used here
+    eos_token_id: int | list[int] | None = None  # saved with the model; `generate` is told its own
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -115,20 +115,21 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)         # (B, G, T, D)
         q = rotate(q.transpose(1, 2), cos, sin)                                  # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)                                  # (B, G, T, D)
+        decoding = T == 1
         if cache is not None:                                 # holds the columns before these
             keys, values, columns, seen = cache
             k = keys.index_copy_(2, columns, k)[:, :, :seen]                     # (B, G, N, D)
             v = values.index_copy_(2, columns, v)[:, :, :seen]                   # (B, G, N, D)
-        if T == 1:                                            # a key's H/G heads are its queries
+        if decoding:                                          # a key's H/G heads are its queries
             q = q.view(B, k.shape[1], -1, self.head_dim)                         # (B, G, H/G, D)
         # softmax(q kᵀ / sqrt(D)) v, where a token attends to itself and to what is before it
-        if T == 1 and not x.is_cuda:                          # faster there than the fused kernel
+        if decoding and not x.is_cuda:                        # faster there than the fused kernel
             scores = q * self.head_dim ** -0.5 @ k.transpose(-1, -2)             # (B, G, H/G, N)
             scores = scores if mask is None else scores + mask
             y = F.softmax(scores, dim=-1) @ v
         else:
-            causal = mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                               is_causal=mask is None and not decoding,
                                                enable_gqa=q.shape[1] != k.shape[1])
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)                   # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
@@ -278,7 +279,7 @@ class GPT(nn.Module):
         own = slice(ids.shape[1], ids.shape[1] + max_new_tokens)                 # the answers'
         tokens, log_probs = decoder.tokens[:, own], decoder.log_probs[:, own]
         ends = torch.isin(tokens, decoder.eos).long()
-        mask = ends.cumsum(1) == ends                         # nothing has ended before
+        mask = ends.cumsum(1) - ends == 0                     # no end before this token
         R = int(mask.any(0).sum())                            # the longest answer
         tokens, mask, log_probs = tokens[:, :R], mask[:, :R], log_probs[:, :R]
         return Rollout(tokens * mask, mask, log_probs * mask)
@@ -557,7 +558,8 @@ def tie(state: dict, directory) -> bool:
         warnings.warn(f"{directory}: its config says that embedding and head are tied, its file "
                       "has two that differ; both are used as they are")
         return False
-    state |= {name: found[0] for name in names if found}
+    if found:
+        state |= dict.fromkeys(names, found[0])
     return True
 
 

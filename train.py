@@ -83,7 +83,9 @@ class Config:
 
     # the task, the student and its teacher
     task: str = setting("chains", "chains, or MODULE:CLASS, a task of your own (see `Chains`)")
-    gap: Literal["slip", "habit", "skill"] = setting("habit", "what the student lacks, see above")
+    gap: Literal["slip", "habit", "skill"] = setting(
+        "habit", "what the student lacks: slip, confidence; habit, it has a wrong one; skill, "
+        "knowledge")
     num_ops: int = setting(5, "operations in a chain")
     digits: int = setting(1, "digits of the numbers: 1 (modulo 10), 2 (modulo 100), ...")
     hidden_size: int = setting(96, "width of the model (of its MLP: 8/3 of that)")
@@ -132,7 +134,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(f.default) not in (int, float) or value == 0 and f.name in MAY_BE_0:
+            if type(f.default) not in (int, float) or (value == 0 and f.name in MAY_BE_0):
                 continue
             if not 0 < value < 2 ** 63:
                 least = "0 or more" if f.name in MAY_BE_0 else "above 0"
@@ -140,9 +142,13 @@ class Config:
         if self.method == "rl" and (self.group_size < 2 or self.batch_size % self.group_size):
             raise ValueError(f"--group_size must be 2 or more and divide --batch_size "
                              f"({self.batch_size}), got {self.group_size}")
+        base_steps, teacher_steps = GAP_STEPS[self.gap]
+        self.base_steps = self.base_steps or base_steps
+        self.teacher_steps = self.teacher_steps or teacher_steps
         self.device = pick_device(self.device)
 
 
+GAP_STEPS = {"slip": (1000, 150), "habit": (1000, 250), "skill": (250, 350)}   # base, teacher
 MAY_BE_0 = {"seed", "save_every", "base_steps", "teacher_steps", "micro_batch_size", "search_every",
             "searches", "alignment_gate"}
 
@@ -190,9 +196,10 @@ class Chains:
         self.max_response = config.num_ops * (3 * config.digits + 3) + config.digits + 2   # tokens
         self.rollout_batch_size = config.rollout_batch_size
         space = self.modulus * (2 * self.modulus + 10) ** config.num_ops
-        if config.eval_size > space // 10:
-            raise ValueError(f"--eval_size {config.eval_size}: there are {space:,} chains of "
-                             f"{config.num_ops} operations, and at most a tenth may be held out")
+        if config.eval_size > space // 10 or config.eval_size + config.dv_size > space // 10 * 9:
+            raise ValueError(f"--eval_size {config.eval_size}, --dv_size {config.dv_size}: there "
+                             f"are {space:,} chains of {config.num_ops} operations; at most a "
+                             "tenth may be held out to evaluate, nine in all")
 
     def problem(self, rng: random.Random) -> str:
         text = str(rng.randrange(self.modulus))
@@ -302,8 +309,8 @@ def sample_answers(model, task, problems, generator, temperature=1.0) -> list[li
 def evaluate(model, task, problems, seed=0, temperature=1.0) -> tuple[float, list[list[int]]]:
     """Accuracy of one sampled answer to each problem, and the answers.
 
-    Every rollout batch has a seed of its own: models that are compared share their random numbers
-    over all problems, however long the answers before were.
+    One rollout batch at a time, with a seed of its own: models that are compared share their random
+    numbers over all problems, however long the answers before were.
     """
     answers, rows = [], task.rollout_batch_size
     for i in range(0, len(problems), rows):
@@ -338,6 +345,15 @@ def measure_control(task, student, teacher, problems) -> dict:
                 teacher=evaluate(teacher, task, problems)[0])
 
 
+def in_words(control: dict) -> str:
+    """ "student 0.416, greedy 0.394, at its best temperature (0.6) 0.490, teacher 1.000" """
+    words = [f"{name} {control[name]:.3f}" for name in ("student", "greedy") if name in control]
+    if "best_temperature" in control:
+        words.append(f"at its best temperature ({control['best_temperature']:g}) "
+                     f"{control['student_at_best_temperature']:.3f}")
+    return ", ".join([*words, f"teacher {control['teacher']:.3f}"])
+
+
 # ------------------------------------------------------------------------------------------------
 # One step of each method: answers, loss, gradient. It returns the micro-batches that it trained on,
 # and what is logged; loss and kl (nats a token) as tensors, so that nothing waits for a GPU.
@@ -361,7 +377,10 @@ def opd_step(config, task, student, teacher, problems, generator):
                                       num_tokens)
         loss.backward()
         loss_sum += loss.detach()
-        kl_sum += reverse_kl(logits.detach(), part.target, part.mask, num_tokens)  # for the log
+        kl = loss.detach()
+        if config.loss != "full":                             # for the log
+            kl = reverse_kl(logits.detach(), part.target, part.mask, num_tokens)
+        kl_sum += kl
     rewards = rewards_of(task, problems, answers)
     return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), num_tokens=num_tokens)
 
@@ -436,7 +455,7 @@ def batch_kl(judge, model):
 def rollout_kl(judge, model):
     """-KL(π || π*) on the candidate's own answers to D_v."""
     _, answers = evaluate(model, judge.task, judge.problems, torch.initial_seed())
-    rows = len(judge.parts[0].ids)
+    rows = len(judge.parts[0].ids)                            # of a micro-batch
     parts, num_tokens = pack(judge.task, judge.problems, answers, model.device, rows)
     judge.sampled += num_tokens
     return -sum(reverse_kl(model(part.inputs), judge.teacher(part.inputs), part.mask, num_tokens)
@@ -529,8 +548,7 @@ def make_effopd(config, student, judge, optimizers, cls=EffOPD, **options) -> Ef
         accept=config.accept, candidates=candidates, num_candidates=config.num_candidates,
         scope=config.scope, first_trigger=config.first_trigger, every=config.search_every,
         searches=config.searches, optimizer=optimizers, move_lr=config.move_lr,
-        utility_gate=config.utility_gate, alignment_gate=config.alignment_gate or None,
-        seed=config.seed)
+        utility_gate=config.utility_gate, alignment_gate=config.alignment_gate, seed=config.seed)
     return cls(student, judge, **settings | options)
 
 
@@ -703,9 +721,6 @@ def first_line(error) -> str:
 # ------------------------------------------------------------------------------------------------
 # Student and teacher: supervised training, once, then kept on disk.
 
-GAP_STEPS = {"slip": (1000, 150), "habit": (1000, 250), "skill": (250, 350)}   # base, teacher
-
-
 def fit(model, task, steps, lr, worked, rng, exclude, label, snapshot=(0, None)):
     """Supervised training on the answers that worked(problem) gives; warm-up, then linear to 5%.
 
@@ -775,8 +790,7 @@ def recipe_of(config, task) -> dict:
     names = ("task", "gap", "hidden_size", "num_hidden_layers", "num_attention_heads", "base_lr",
              "teacher_lr", "eval_size")
     recipe = {name: getattr(config, name) for name in names}
-    base_steps, teacher_steps = GAP_STEPS[config.gap]
-    recipe["steps"] = [config.base_steps or base_steps, config.teacher_steps or teacher_steps]
+    recipe["steps"] = [config.base_steps, config.teacher_steps]
     rng = random.Random("recipe")
     problems = task.problems(20, rng)
     recipe["tokens"] = [task.encode(problem) for problem in problems]
@@ -918,8 +932,7 @@ def run_one(config: Config, out_dir: Path, load, **options):
     write_json(out_dir / "config.json", asdict(config) | {"versions": versions()})
     task, student, teacher, control = load(config)
     if control:
-        words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in control.items()]
-        print(f"Accuracy on {config.eval_size} held-out problems: {', '.join(words)}")
+        print(f"Accuracy on {config.eval_size} held-out problems: {in_words(control)}")
     if config.method == "race":
         summary = race(config, task, student, teacher, out_dir, control)
         draw_race(summary, out_dir / "race.png")
@@ -931,6 +944,10 @@ def run_one(config: Config, out_dir: Path, load, **options):
         summary = train(config, task, student, teacher, out_dir, config.method, **options)
         write_json(out_dir / "summary.json", summary | {"control": control})
         print_examples(config.method, summary["examples"])
+        for search in summary["searches"]:
+            if search["multiple"]:
+                print(f"After step {search['step']}: W_t + {search['multiple']:g} Δ kept, learning "
+                      f"rate {search['lr']:.2g}")
         print(f"\nAccuracy {summary['curve'][0]['accuracy']:.3f} before, "
               f"{summary['final_accuracy']:.3f} after {summary['steps']} steps (mean of the last "
               f"three evaluations), {summary['tokens']:,} tokens, {summary['seconds']:.1f} s")

@@ -95,7 +95,8 @@ def draw(directories: list[Path], path: Path):
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("cos(ΔW$_t$, W$_T$ - W$_t$)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle("At a tuned rate, the way so far says little more about the rest than noise would")
+    figure.suptitle("At a tuned rate, the way so far says little more about the rest than noise "
+                    "would")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -157,8 +157,10 @@ def opd_step(config, task, student, teacher, problems, generator):
             loss = sampled_kl_of(student, teacher, part, hidden, num_tokens, discount)
         loss.backward()
         loss_sum += loss.detach()
-        with torch.no_grad():                                 # for the log
-            kl_sum += kl_of(student, teacher, hidden, part.target, num_tokens)
+        kl = loss.detach()
+        if config.loss != "full":                             # for the log
+            kl = kl_of(student, teacher, hidden.detach(), part.target, num_tokens).detach()
+        kl_sum += kl
     rewards = rewards_of(task, problems, answers)
     return parts, dict(loss=loss_sum, kl=kl_sum, reward=fmean(rewards), num_tokens=num_tokens)
 

@@ -13,8 +13,8 @@ Each row of the table is a setting, over its seeds: mean and 95% Student t inter
 to a target accuracy, searches included: --target, or else what the reference ends with, seed by
 seed (.8 where a grid has none). The reference of a run is the grid's first OPD run with the same
 values on all other axes. A run that does not get there counts with all it spent, so its row has
-lower bounds (>=). How many times fewer steps and tokens a run takes than its reference is the mean
-of the seeds' ratios.
+lower bounds (>=). How much more accurate a run ends than its reference, and how many times fewer
+steps and tokens it takes, are means over seeds of the differences and ratios.
 """
 
 import argparse
@@ -190,11 +190,17 @@ def tabulate(kept: dict, target: float, at: list[int]) -> dict:
 
 
 def numbers_of(run: dict, runs: dict, target: float, at: list[int]) -> dict:
-    """Final accuracy, that after the steps in `at`, costs to the target; None: not known."""
+    """Final accuracy, after the steps in `at`, above the reference's; costs to the target.
+
+    None: not known.
+    """
     curve, reference = points_of(run), runs.get(run["reference"])
     accuracies = {point["step"]: point["accuracy"] for point in curve}
     numbers = dict(final=run["final_accuracy"], **{f"at {s}": accuracies.get(s) for s in at})
     numbers |= dict.fromkeys(["goal", "reached", *UNITS, "fewer steps", "fewer tokens"])
+    numbers["above reference"] = None
+    if reference:
+        numbers["above reference"] = run["final_accuracy"] - reference["final_accuracy"]
     if run["reference"] and not reference and not target:     # it failed, or is still to come
         return numbers
     goal = target or (reference["final_accuracy"] if reference else 0.8)
@@ -224,11 +230,13 @@ def cell(stats: dict, form: str, mean_only=False) -> str:
 
 
 def accuracy_table(table: dict, at: list[int]) -> list[list[str]]:
-    """Rows of cells: n, the final accuracy, that after the steps in `at`."""
-    columns = ["final", *(f"at {step}" for step in at)]
-    rows = [["", "n", *columns], ["---"] * (2 + len(columns))]
+    """Rows of cells: n, the final accuracy, after the steps in `at`, above the reference's."""
+    forms = {"final": ".3f"} | {f"at {step}": ".3f" for step in at} | {"above reference": "+.3f"}
+    if not any(stats["above reference"]["mean"] for stats in table.values()):
+        del forms["above reference"]                          # none, or only itself
+    rows = [["", "n", *forms], ["---"] * (2 + len(forms))]
     for name, stats in table.items():
-        cells = [cell(stats[column], ".3f") for column in columns]
+        cells = [cell(stats[column], form) for column, form in forms.items()]
         rows.append([name, str(stats["final"]["n"]), *cells])
     return rows
 
@@ -256,8 +264,7 @@ def as_markdown(rows: list[list[str]]) -> str:
 
 def print_tables(kept: dict, table: dict, at: list[int]):
     if kept["control"]:
-        words = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in kept["control"].items()]
-        print("\nAccuracies without distillation: " + ", ".join(words))
+        print(f"\nAccuracies without distillation: {train.in_words(kept['control'])}")
     print("\nAccuracy: mean [95% interval] over seeds\n")
     print(as_markdown(accuracy_table(table, at)))
     print("Costs to the target accuracy, searches included\n")

@@ -493,7 +493,9 @@ def test_the_newest_comparable_run_of_each_method(home, tmp_path, monkeypatch, c
     shutil.copytree("runs/opd", "runs/race/opd")              # a race's
     rewrite("runs/race/opd", gap="slip")
     (tmp_path / "runs" / "unfinished" / "checkpoints").mkdir(parents=True)
-    for age, name in enumerate(("rl", "race/opd", "opd-1", "opd")):
+    shutil.copytree("runs/opd", "runs/kept-the-end-alone")    # --checkpoints false
+    shutil.rmtree("runs/kept-the-end-alone/checkpoints/step_000000")
+    for age, name in enumerate(("kept-the-end-alone", "rl", "race/opd", "opd-1", "opd")):
         train.os.utime(f"runs/{name}/summary.json", (1e9 - age, 1e9 - age))
     assert [path.as_posix() for path in analyze.newest_runs()] == ["runs/rl", "runs/opd-1"]
     assert analyze.expand(train.Path("runs/race")) == [train.Path("runs/race/opd")]

@@ -327,6 +327,10 @@ def test_the_base_of_gap_skill_is_an_early_moment_of_the_teachers_training(tmp_p
     assert not equal(base.parameters(), later.parameters())
 
 
+def test_zero_steps_are_those_of_the_gap():
+    assert Config(gap="slip") == Config(gap="slip", base_steps=1000, teacher_steps=150)
+
+
 # The race and the command line.
 
 def a_run(final, *points):
@@ -375,12 +379,21 @@ def test_the_race_from_the_command_line(tmp_path, cache_dir):
     assert log[-1]["lr"] == search["lr"] == log[0]["lr"] * (1 + search["multiple"])
 
 
+def test_a_run_says_how_far_it_jumped_and_its_rate(tmp_path, cache_dir, capsys):
+    finder = train.RACE["EffOPD, recommended"][1]
+    train.main(arguments(TOY | finder | dict(cache_dir=cache_dir, out_dir=tmp_path / "run")))
+    (search,) = read_lines(tmp_path / "run" / "search.jsonl")
+    words = f"After step 1: W_t + {search['multiple']:g} Δ kept, learning rate {search['lr']:.2g}"
+    assert search["multiple"] and words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words, said", [
     ("--lr abc", "invalid float value: 'abc'"), ("--lr nan", "--lr must be above 0"),
     ("--lr inf", "--lr must be"), ("--gap foo", "'foo'"), ("--seed -1", "--seed must be 0 or"),
     ("--seed 99999999999999999999", "below 2^63"),
     ("--device cuda:99", "CUDA GPUs"), ("--step 3", "--step"),
     ("--hidden_size 90", "head_dim must be even"), ("--eval_size 31", "at most a tenth"),
+    ("--dv_size 251", "nine in all"),
     ("--method rl --batch_size 100", "divide --batch_size (100)"),
     ("--task abacus", "--task must be chains or MODULE"), ("--score os:luck", "no attribute"),
     ("--candidates my.search:f", "No module named"), ("--cache_dir file", "File exists"),

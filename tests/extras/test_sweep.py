@@ -90,6 +90,17 @@ def test_ratios_are_taken_seed_by_seed():
     assert sweep.tabulate(runs, 0.6, [])["ours"]["fewer steps"]["mean"] == (2 / 2 + 6 / 2) / 2
 
 
+def test_differences_are_taken_seed_by_seed():
+    runs = kept(a0=("OPD", "a0", [0, .2]), a1=("OPD", "a1", [0, .6]),
+                b0=("ours", "a0", [0, .3]), b1=("ours", "a1", [0, .7]), c=("alone", None, [0, .9]))
+    table = sweep.tabulate(runs, target=0.5, at=[])
+    rows = {row[0]: row[-1] for row in sweep.accuracy_table(table, [])}
+    assert rows == {"": "above reference", "---": "---", "OPD": "+0.000 [+0.000, +0.000]",
+                    "ours": "+0.100 [+0.100, +0.100]", "alone": "-"}
+    del table["ours"]                                         # then it would say nothing
+    assert sweep.accuracy_table(table, [])[0] == ["", "n", "final"]
+
+
 def test_no_ratio_where_some_of_the_references_never_get_there():
     runs = kept(a0=("OPD", "a0", [0, .6, .9]), a1=("OPD", "a1", [0, .1, .1]),
                 b0=("ours", "a0", [0, .9]), b1=("ours", "a1", [0, .9]))
