@@ -124,6 +124,7 @@ figures() {  # with their titles and targets, from the committed JSON; a few sec
     draw directions-habit-adamw .55 "habit: nearly all of the update is worth following"
     draw directions-habit-muon .55 "habit: a search works along Muon's update too"
     draw controls-habit .7 "habit, from 1e-5: the rate without the jump, and no rate at all"
+    draw controls-slip .9 "slip, from 1e-5: the rate without the jump, and no rate at all"
     draw scores-habit .7 "habit, the finder: who judges"
     "$python" -m extras.foresight assets/analysis/{slip,habit,skill}
     "$python" -m extras.real_study "$out/real" \
