@@ -63,6 +63,16 @@ lr() {  # the learning rate
     sweep "lr=1e-6,1e-5,1e-4,1e-3,1e-2 label=$searches seed=0:5" "$1" "lr-$1"
 }
 
+searches() {  # those that go on after the first, from every rate, beside a tuned OPD
+    rows=OPD_2e-3+method=opd+lr=2e-3,OPD_Muon_7e-3+method=opd+lr=7e-3+optimizer=muon
+    rows+=,OPD_Muon_1e-4+method=opd+lr=1e-4+optimizer=muon
+    for rate in 1e-6 1e-5 1e-4 1e-3 1e-2; do
+        rows+=,finder_$rate+$finder+lr=$rate,finder_Muon_$rate+$finder+lr=$rate+optimizer=muon
+        rows+=,line_$rate+$line+lr=$rate,line_Muon_$rate+$line+lr=$rate+optimizer=muon
+    done
+    sweep "label=$rows seed=0:5" "$1" "searches-$1"
+}
+
 controls() {  # other directions, a range test without a jump, Prodigy, other judges
     for optimizer in adamw muon; do
         "$python" -m extras.controls --lr 1e-4 --optimizer $optimizer $(settings "$1") \
@@ -144,5 +154,6 @@ else
             "$part" "$gap"
         done
     done
+    searches habit
     figures
 fi
