@@ -476,7 +476,8 @@ def main(args=None):
     except (ValueError, OSError) as error:
         stop(error)
     except KeyboardInterrupt:
-        stop("stopped; the same command goes on", 130)
+        print("sweep: stopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)     # under -m, Python overrides sys.exit's status if the Ctrl-C hit an exec()
     for name, said in failed.items():
         print(f"sweep: {name} failed: {said}", file=sys.stderr)
     sys.exit(1 if failed else 0)
