@@ -57,9 +57,11 @@ lr() {  # the learning rate
     sweep "lr=$adamw label=OPD+method=opd seed=0:5" "$1" "lr-$1"
     sweep "lr=$muon label=OPD_Muon+method=opd+optimizer=muon seed=0:5" "$1" "lr-$1"
     if [ "$1" = skill ]; then return; fi
-    searches=finder+$finder,finder_Muon+$finder+optimizer=muon
-    searches+=,finder_once+$once,finder_once_Muon+$once+optimizer=muon
-    searches+=,line+$line,line_Muon+$line+optimizer=muon
+    searches=finder_once+$once,finder_once_Muon+$once+optimizer=muon
+    if [ "$1" = slip ]; then                                  # on habit `searches` makes these
+        searches+=,finder+$finder,finder_Muon+$finder+optimizer=muon
+        searches+=,line+$line,line_Muon+$line+optimizer=muon
+    fi
     sweep "lr=1e-6,1e-5,1e-4,1e-3,1e-2 label=$searches seed=0:5" "$1" "lr-$1"
 }
 
