@@ -290,9 +290,13 @@ def load_real(config: RealConfig):
     student, tokenizer, ends = load_model("student", config)
     student.gradient_checkpointing = config.gradient_checkpointing
     student.precision = torch.bfloat16 if config.dtype == "mixed" else None
-    if config.dtype == "mixed" and emulates_bfloat16(config.device):
-        print("Slow        this CPU has no bfloat16 arithmetic: --dtype float32 will be faster",
-              flush=True)
+    if emulates_bfloat16(config.device):
+        if config.dtype == "mixed":
+            print("Slow        this CPU has no bfloat16 arithmetic: --dtype float32 will be faster",
+                  flush=True)
+        if config.optimizer == "muon":
+            print("Slow        torch's Muon computes in bfloat16, and this CPU has no such "
+                  "arithmetic: minutes a step at 135 M parameters", flush=True)
     student.tokens_in_use = max(tokenizer.get_vocab().values()) + 1    # other rows are padding
     student.config.eos_token_id = ends
     context = student.config.max_position_embeddings

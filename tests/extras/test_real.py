@@ -294,8 +294,10 @@ def test_a_cpu_that_emulates_bfloat16_is_named(home, monkeypatch, capsys, flags,
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     load_real(config_of(home, dtype="mixed"))
     assert ("--dtype float32 will be faster" in capsys.readouterr().out) == says
+    load_real(config_of(home, dtype="float32", optimizer="muon"))
+    assert ("torch's Muon computes in bfloat16" in capsys.readouterr().out) == says
     load_real(config_of(home, dtype="float32"))
-    assert "faster" not in capsys.readouterr().out
+    assert "Slow" not in capsys.readouterr().out
 
 
 # Tokenizers, templates, ends.
