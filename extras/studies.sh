@@ -95,28 +95,51 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
     "$python" analyze.py "runs/foresight-$1" --out_dir "assets/analysis/$1"
 }
 
-# SmolLM2-135M towards its own SFT: docs/real-models.md says where both come from.
-pair="--student smollm2 --teacher teacher --data problems.jsonl --system Solve."
-pair+=" --max_new_tokens 40 --dtype mixed --batch_size 16 --micro_batch_size 0"
+# SmolLM2-135M towards its own SFT: docs/real-models.md says where these models and files come from.
+shared="--teacher teacher --batch_size 16 --micro_batch_size 0 --system Solve."
+words="$shared --data problems.jsonl --max_new_tokens 40"
+accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
+accuracy+=+scope=attention+mlp+move_lr=false
+every_step=method=effopd+searches=0+search_every=1+move_lr=false
 
-real() {  # OPD and searches, 16 steps
-    run="--module extras.real $pair --steps 16 --eval_every 8 --eval_size 100 --out_dir $out/real"
-    accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
-    accuracy+=+scope=attention+mlp+move_lr=false
+real_sweep() { # GRID NAME SETTING ...
+    "$python" -m extras.sweep "$1" --module extras.real --out_dir "$out/$2" --eval_every 8 \
+        --eval_size 100 "${@:3}"
+}
+
+real() {  # OPD and searches, 16 steps, in bfloat16
     rows=OPD_1e-4+method=opd+lr=1e-4,OPD_3e-4+method=opd+lr=3e-4
     rows+=,finder_once_1e-5+method=effopd+lr=1e-5,finder_once_1e-6+method=effopd+lr=1e-6
     rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4"
     more=OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon,OPD_1e-5+method=opd+lr=1e-5
     more+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
     for grid in "label=$rows seed=0:1" "label=$more seed=0:1" "label=$rows seed=1:3"; do
-        "$python" -m extras.sweep "$grid" $run
+        real_sweep "$grid" real --student smollm2 $words --steps 16 --dtype mixed
     done
 }
 
+real_line() {  # from the paper's rate, in float32
+    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
+    rows+=,finder_1e-6+method=effopd+searches=0+lr=1e-6
+    real_sweep "label=$rows seed=0:3" real-line --student smollm2 $words --steps 16
+}
+
+real_early() {  # a student that knows the format
+    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
+    rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4,paper_>=_1e-4+$accuracy+accept=ge+lr=1e-4"
+    real_sweep "label=$rows seed=0:3" real-early --student early $words --steps 16
+}
+
+real_gsm() {  # GSM8K's format: problems and worked answers of GSM-Symbolic
+    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
+    real_sweep "label=$rows seed=0:1" real-gsm --student smollm2 $shared --data gsm.jsonl \
+        --max_new_tokens 64 --steps 8
+}
+
 probe() {  # four KLs along the first Δ
-    "$python" -m extras.real $pair --steps 1 --lr 1e-6 --searches 0 --move_lr false --dv_size 16 \
-        --candidates extras.real_study:probe --score extras.real_study:four_kls \
-        --eval_size 2 --out_dir runs/probe
+    "$python" -m extras.real --student smollm2 $words --dtype mixed --steps 1 --lr 1e-6 \
+        --searches 0 --move_lr false --dv_size 16 --eval_size 2 --out_dir runs/probe \
+        --candidates extras.real_study:probe --score extras.real_study:four_kls
     mkdir -p "$out/real-probe-first"
     cp runs/probe/{kls,search}.jsonl "$out/real-probe-first"
 }
