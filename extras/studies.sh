@@ -103,8 +103,7 @@ accuracy+=+scope=attention+mlp+move_lr=false
 every_step=method=effopd+searches=0+search_every=1+move_lr=false
 
 real_sweep() { # GRID NAME SETTING ...
-    "$python" -m extras.sweep "$1" --module extras.real --out_dir "$out/$2" --eval_every 8 \
-        --eval_size 100 "${@:3}"
+    "$python" -m extras.sweep "$1" --module extras.real --out_dir "$out/$2" --eval_size 100 "${@:3}"
 }
 
 real() {  # OPD and searches, 16 steps, in bfloat16
@@ -114,26 +113,26 @@ real() {  # OPD and searches, 16 steps, in bfloat16
     more=OPD_Muon_3e-4+method=opd+lr=3e-4+optimizer=muon,OPD_1e-5+method=opd+lr=1e-5
     more+=,finder_once_Muon_1e-5+method=effopd+lr=1e-5+optimizer=muon
     for grid in "label=$rows seed=0:1" "label=$more seed=0:1" "label=$rows seed=1:3"; do
-        real_sweep "$grid" real --student smollm2 $words --steps 16 --dtype mixed
+        real_sweep "$grid" real --student smollm2 $words --steps 16 --eval_every 8 --dtype mixed
     done
 }
 
 real_line() {  # from the paper's rate, in float32
     rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
     rows+=,finder_1e-6+method=effopd+searches=0+lr=1e-6
-    real_sweep "label=$rows seed=0:3" real-line --student smollm2 $words --steps 16
+    real_sweep "label=$rows seed=0:3" real-line --student smollm2 $words --steps 12 --eval_every 6
 }
 
 real_early() {  # a student that knows the format
     rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
     rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4,paper_>=_1e-4+$accuracy+accept=ge+lr=1e-4"
-    real_sweep "label=$rows seed=0:3" real-early --student early $words --steps 16
+    real_sweep "label=$rows seed=0:3" real-early --student early $words --steps 12 --eval_every 6
 }
 
 real_gsm() {  # GSM8K's format: problems and worked answers of GSM-Symbolic
     rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
     real_sweep "label=$rows seed=0:1" real-gsm --student smollm2 $shared --data gsm.jsonl \
-        --max_new_tokens 64 --steps 8
+        --max_new_tokens 64 --steps 8 --eval_every 8
 }
 
 probe() {  # four KLs along the first Δ
