@@ -141,8 +141,9 @@ def draw_along(directory: Path, title: str):
         candidates = [lines.pop(0) for _ in search["multiples"]]
         rates = [search["lr"] * (1 + multiple) for multiple in search["multiples"]]
         for name, style in zip(KLS, ("o-", "o:", "s-", "^-")):
-            axis.plot(rates, [line[name] for line in candidates], style, markersize=4,
-                      label=KLS[name])
+            kls = [line[name] for line in candidates]
+            if name != "batch, as run" or kls != [line["batch"] for line in candidates]:
+                axis.plot(rates, kls, style, markersize=4, label=KLS[name])
         axis.set_xscale("log")
         axis.set(title=f"after step {search['step']}", xlabel="lr · (1 + m)")
         axis.grid(alpha=0.3)
