@@ -136,7 +136,7 @@ def draw_along(directory: Path, title: str):
     """A panel a probe: the KLs against the learning rate that would have led to each candidate."""
     lines, searches = (read_lines(directory / name) for name in ("kls.jsonl", "search.jsonl"))
     figure, axes = plt.subplots(1, len(searches), figsize=(5 + 1.7 * len(searches), 4),
-                                layout="constrained", sharey=True, squeeze=False)
+                                layout="constrained", sharex=True, sharey=True, squeeze=False)
     for axis, search in zip(axes[0], searches):
         candidates = [lines.pop(0) for _ in search["multiples"]]
         rates = [search["lr"] * (1 + multiple) for multiple in search["multiples"]]

@@ -96,8 +96,8 @@ foresight() {  # the questions of analyze.py, by gap and by learning rate
 }
 
 # SmolLM2-135M towards its own SFT: docs/real-models.md says where these models and files come from.
-shared="--teacher teacher --batch_size 16 --micro_batch_size 0 --system Solve."
-words="$shared --data problems.jsonl --max_new_tokens 40"
+words="--teacher teacher --data problems.jsonl --system Solve. --max_new_tokens 40"
+words+=" --batch_size 16 --micro_batch_size 0"
 accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
 accuracy+=+scope=attention+mlp+move_lr=false
 every_step=method=effopd+searches=0+search_every=1+move_lr=false
@@ -117,30 +117,31 @@ real() {  # OPD and searches, 16 steps, in bfloat16
     done
 }
 
-real_line() {  # from the paper's rate, in float32
+real_line() {  # from the paper's rate; on a CPU in float32
     rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
     rows+=,finder_1e-6+method=effopd+searches=0+lr=1e-6
     real_sweep "label=$rows seed=0:3" real-line --student smollm2 $words --steps 12 --eval_every 6
 }
 
-real_early() {  # a student that knows the format
-    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
-    rows+=",paper_>_1e-4+$accuracy+accept=gt+lr=1e-4,paper_>=_1e-4+$accuracy+accept=ge+lr=1e-4"
-    real_sweep "label=$rows seed=0:3" real-early --student early $words --steps 12 --eval_every 6
-}
-
 real_gsm() {  # GSM8K's format: problems and worked answers of GSM-Symbolic
     rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
-    real_sweep "label=$rows seed=0:1" real-gsm --student smollm2 $shared --data gsm.jsonl \
-        --max_new_tokens 64 --steps 8 --eval_every 8
+    "$python" -m extras.sweep "label=$rows seed=0:1" --module extras.real \
+        --student smollm2 --teacher teacher --data gsm.jsonl --system Solve. --max_new_tokens 64 \
+        --batch_size 8 --micro_batch_size 0 --steps 8 --eval_every 8 --eval_size 50 \
+        --out_dir "$out/real-gsm"
 }
 
-probe() {  # four KLs along the first Δ
-    "$python" -m extras.real --student smollm2 $words --dtype mixed --steps 1 --lr 1e-6 \
-        --searches 0 --move_lr false --dv_size 16 --eval_size 2 --out_dir runs/probe \
-        --candidates extras.real_study:probe --score extras.real_study:four_kls
-    mkdir -p "$out/real-probe-first"
-    cp runs/probe/{kls,search}.jsonl "$out/real-probe-first"
+probe() {  # four KLs along the first Δ of a small rate, and along four of a good one
+    look="--searches 0 --move_lr false --dv_size 16 --eval_size 2"
+    look+=" --candidates extras.real_study:probe --score extras.real_study:four_kls"
+    "$python" -m extras.real --student smollm2 $words $look --steps 1 --lr 1e-6 --dtype mixed \
+        --out_dir runs/probe-first
+    "$python" -m extras.real --student smollm2 $words $look --steps 8 --lr 1e-4 \
+        --out_dir runs/probe-path
+    for part in first path; do
+        mkdir -p "$out/real-probe-$part"
+        cp runs/probe-$part/{kls,search}.jsonl "$out/real-probe-$part"
+    done
 }
 
 figures() {  # with their titles and targets, from the committed JSON; a few seconds
@@ -166,6 +167,8 @@ figures() {  # with their titles and targets, from the committed JSON; a few sec
         --title "SmolLM2-135M towards its own SFT (OPD 1e-4: mean of three seeds; others: one)"
     "$python" -m extras.real_study --along "$out/real-probe-first" \
         --title "bfloat16 hides a small step, and old answers promise too much"
+    "$python" -m extras.real_study --along "$out/real-probe-path" \
+        --title "OPD at 1e-4: only the first steps could have been longer"
 }
 
 if [ $# = 1 ]; then
