@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every table and figure of docs/results.md and docs/analysis.md: the command that makes it, on two
-# cores. Each continues where it was stopped. `bash extras/studies.sh main habit` runs one part;
-# `bash extras/studies.sh figures` draws the figures again; without arguments it runs all, a night.
+# Every table and figure of docs/: the command that makes it, on two cores. All but `probe` continue
+# where they were stopped. `bash extras/studies.sh main habit` runs one part; `figures` draws the
+# figures again; without arguments it runs all of the built-in task, a night. `controls` needs
+# `pip install prodigyopt`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -51,11 +52,11 @@ main() {  # the main table of a gap
 
 lr() {  # the learning rate
     case $1 in
-        skill) adamw=1e-4,3e-4,5e-4,1e-3,1.5e-3,2e-3 muon=5e-4,1e-3,3e-3,5e-3,7e-3,1e-2 ;;
-        *) adamw=1e-4,3e-4,1e-3,1.5e-3,2e-3,3e-3 muon=1e-3,3e-3,5e-3,7e-3,1e-2,2e-2 ;;
+        skill) adamw=1e-4,3e-4,5e-4,1e-3,1.5e-3,2e-3 muon=5e-4,1e-3,3e-3,5e-3,7e-3,1e-2 seeds=0:3 ;;
+        *) adamw=1e-4,3e-4,1e-3,1.5e-3,2e-3,3e-3 muon=1e-3,3e-3,5e-3,7e-3,1e-2,2e-2 seeds=0:5 ;;
     esac
-    sweep "lr=$adamw label=OPD+method=opd seed=0:5" "$1" "lr-$1"
-    sweep "lr=$muon label=OPD_Muon+method=opd+optimizer=muon seed=0:5" "$1" "lr-$1"
+    sweep "lr=$adamw label=OPD+method=opd seed=$seeds" "$1" "lr-$1"
+    sweep "lr=$muon label=OPD_Muon+method=opd+optimizer=muon seed=$seeds" "$1" "lr-$1"
     if [ "$1" = skill ]; then return; fi
     searches=finder_once+$once,finder_once_Muon+$once+optimizer=muon
     if [ "$1" = slip ]; then                                  # on habit `searches` makes these
@@ -150,7 +151,7 @@ figures() {  # with their titles and targets, from the committed JSON; a few sec
     }
     draw main-habit .7 "habit: only a learning rate of the right size gets there"
     draw main-skill .7 "skill: Muon is worth more than any search along AdamW's direction"
-    draw main-slip .9 "slip: a temperature does it, and so does any search"
+    draw main-slip .9 "slip: a temperature does it, and so does nearly any search"
     for part in "habit .7" "slip .9"; do
         read -r gap target <<<"$part"
         draw "lr-$gap" "$target" "$gap, AdamW: one search sets the rate (mean, 95% interval)" \
