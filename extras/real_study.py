@@ -124,6 +124,7 @@ def draw_path(kept: dict, names: list[str], path: Path, title: str):
     axes[0, 0].set_ylabel("KL to the teacher, nats a token")
     axes[1, 0].set(ylabel="accuracy", xlabel="optimiser steps")
     axes[1, 1].set_xlabel("thousands of tokens, searches included")
+    axes[1, 0].set_ylim(-0.01, max(0.1, axes[1, 0].get_ylim()[1]))      # noise near 0 stays small
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)

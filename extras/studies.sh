@@ -166,6 +166,8 @@ figures() {  # with their titles and targets, from the committed JSON; a few sec
     "$python" -m extras.real_study "$out/real" \
         --rows "OPD_1e-5,OPD_1e-4,OPD_3e-4,OPD_Muon_3e-4,finder_once_1e-5,paper_>_1e-4" \
         --title "SmolLM2-135M towards its own SFT (OPD 1e-4: mean of three seeds; others: one)"
+    "$python" -m extras.real_study "$out/real-line" \
+        --title "From 1e-6 a search finds the rate at once (mean of three seeds; finder: one)"
     "$python" -m extras.real_study --along "$out/real-probe-first" \
         --title "bfloat16 hides a small step, and old answers promise too much"
     "$python" -m extras.real_study --along "$out/real-probe-path" \
