@@ -101,7 +101,8 @@ words="--teacher teacher --data problems.jsonl --system Solve. --max_new_tokens 
 words+=" --batch_size 16 --micro_batch_size 0"
 accuracy=method=effopd+score=accuracy+candidates=linear+num_candidates=5+searches=0
 accuracy+=+scope=attention+mlp+move_lr=false
-every_step=method=effopd+searches=0+search_every=1+move_lr=false
+line_beside_opd=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+method=effopd+searches=0+search_every=1
+line_beside_opd+=+move_lr=false+lr=1e-6
 
 real_sweep() { # GRID NAME SETTING ...
     "$python" -m extras.sweep "$1" --module extras.real --out_dir "$out/$2" --eval_size 100 "${@:3}"
@@ -119,14 +120,12 @@ real() {  # OPD and searches, 16 steps, in bfloat16
 }
 
 real_line() {  # from the paper's rate; on a CPU in float32
-    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
-    rows+=,finder_1e-6+method=effopd+searches=0+lr=1e-6
+    rows=$line_beside_opd,finder_1e-6+method=effopd+searches=0+lr=1e-6
     real_sweep "label=$rows seed=0:3" real-line --student smollm2 $words --steps 12 --eval_every 6
 }
 
 real_gsm() {  # GSM8K's format: problems and worked answers of GSM-Symbolic
-    rows=OPD_1e-4+method=opd+lr=1e-4,line_1e-6+$every_step+lr=1e-6
-    "$python" -m extras.sweep "label=$rows seed=0:1" --module extras.real \
+    "$python" -m extras.sweep "label=$line_beside_opd seed=0:1" --module extras.real \
         --student smollm2 --teacher teacher --data gsm.jsonl --system Solve. --max_new_tokens 64 \
         --batch_size 8 --micro_batch_size 0 --steps 8 --eval_every 8 --eval_size 50 \
         --out_dir "$out/real-gsm"
